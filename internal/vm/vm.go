@@ -72,6 +72,8 @@ type Machine struct {
 	proc    *os.Process
 	out     *wire.Writer
 	sock    *os.File
+	qmp     *monitor
+	disks   int
 	done    chan struct{} // closed when QEMU has ended and all readers are done
 	console consoleLog
 
@@ -137,23 +139,27 @@ func Boot(ctx context.Context, c Config) (*Machine, error) {
 
 // start launches QEMU and the goroutines that serve it.
 func (m *Machine) start(kit *kit, initrd string, c Config, hello chan<- string) error {
-	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
-	if err != nil {
-		return fmt.Errorf("socketpair: %w", err)
+	var ours, theirs [2]*os.File // agent, monitor
+	for i, name := range []string{"agent", "monitor"} {
+		fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+		if err != nil {
+			return fmt.Errorf("socketpair: %w", err)
+		}
+		unix.SetNonblock(fds[0], true) // so that Close interrupts a Read
+		ours[i] = os.NewFile(uintptr(fds[0]), name)
+		theirs[i] = os.NewFile(uintptr(fds[1]), name)
+		defer theirs[i].Close()
 	}
-	// The host's end is non-blocking so that Close interrupts a Read.
-	unix.SetNonblock(fds[0], true)
-	m.sock = os.NewFile(uintptr(fds[0]), "agent")
-	guest := os.NewFile(uintptr(fds[1]), "agent-guest")
-	defer guest.Close()
-	m.out = wire.NewWriter(m.sock)
+	m.sock, m.disks = ours[0], len(c.Disks)
+	m.out, m.qmp = wire.NewWriter(m.sock), newMonitor(ours[1])
+	closeOurs := func() { ours[0].Close(); ours[1].Close() }
 
 	cmd := exec.Command(kit.qemu, kit.args(initrd, c)...)
-	cmd.ExtraFiles = []*os.File{guest} // descriptor 3
+	cmd.ExtraFiles = theirs[:] // descriptors 3 and 4
 	cmd.Stderr = &m.console
 	console, err := cmd.StdoutPipe()
 	if err != nil {
-		m.sock.Close()
+		closeOurs()
 		return err
 	}
 	// The emulator must not outlive a test that is killed. The death signal follows the thread
@@ -173,14 +179,14 @@ func (m *Machine) start(kit *kit, initrd string, c Config, hello chan<- string) 
 		go func() { defer readers.Done(); m.console.readFrom(console) }()
 		go func() { defer readers.Done(); m.readFrames(hello) }()
 		state, _ := cmd.Process.Wait() // not cmd.Wait: the console is read to its end first
-		m.sock.Close()
+		closeOurs()
 		readers.Wait()
 		cmd.Wait()
 		m.fail(fmt.Errorf("test machine ended (%v); end of its console:\n%s", state, m.console.tail(30)))
 		close(m.done)
 	}()
 	if err := <-started; err != nil {
-		m.sock.Close()
+		closeOurs()
 		return err
 	}
 	return nil
@@ -300,6 +306,7 @@ func (k *kit) args(initrd string, c Config) []string {
 		"-nodefaults", "-no-user-config", "-no-reboot", "-display", "none", "-serial", "stdio",
 		"-kernel", k.kernel, "-initrd", initrd, "-append", strings.TrimSpace(cmdline),
 		"-device", "virtio-rng-pci",
+		"-chardev", "socket,id=monitor,fd=4", "-mon", "chardev=monitor,mode=control",
 		"-chardev", "socket,id=agent,fd=3",
 		"-device", "virtio-serial-pci", "-device", "virtserialport,chardev=agent,name=" + wire.PortName,
 	}

@@ -64,6 +64,19 @@ func TestMachine(t *testing.T) {
 			t.Errorf("sector 3 holds %q", got[3*512:][:8])
 		}
 	})
+	t.Run("resize", func(t *testing.T) {
+		for _, size := range []int64{3 << 20, 1 << 19} {
+			if err := m.Resize(context.Background(), 0, size); err != nil {
+				t.Fatal(err)
+			}
+			if st, err := os.Stat(disk); err != nil || st.Size() != size {
+				t.Errorf("the file has %v (%v), want %d bytes", st, err, size)
+			}
+		}
+		if err := m.Resize(context.Background(), 7, 1<<20); err == nil {
+			t.Error("a disk that does not exist was resized")
+		}
+	})
 	t.Run("large output", func(t *testing.T) {
 		out := m.MustRun(t, "dd", "if=/dev/zero", "bs=1M", "count=8")
 		if len(out) != 8<<20 {
