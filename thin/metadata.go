@@ -38,7 +38,7 @@ type Metadata struct {
 	top     *btree.Tree // device id -> root of its mapping tree; does not count on overwriting
 	bottom  *btree.Tree // virtual block -> mapping
 	details *btree.Tree
-	sb      Superblock        // of the open transaction
+	sb      Superblock // of the open transaction
 	devs    map[DevID]*device
 	dirty   map[DevID]struct{} // devices whose details differ from the details tree
 	changed bool               // the open transaction differs from the last closed one

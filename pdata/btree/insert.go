@@ -97,8 +97,8 @@ func (t *Tree) insert(root block.Loc, key uint64, v []byte, c *cursor) (block.Lo
 }
 
 func (t *Tree) insertAt(loc block.Loc, key uint64, v []byte, depth int, c *cursor) (block.Loc, *split, bool, error) {
-	if depth > maxDepth {
-		return 0, nil, false, block.Corruptf(loc, "b-tree deeper than %d", maxDepth)
+	if depth > MaxDepth {
+		return 0, nil, false, block.Corruptf(loc, "b-tree deeper than %d", MaxDepth)
 	}
 	nl, n, err := t.shadow(loc)
 	if err != nil {

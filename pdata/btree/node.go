@@ -33,8 +33,8 @@ const (
 	flagLeaf     = 2
 	internalSize = 8 // value size of internal nodes
 
-	// maxDepth bounds every descent: 84^12 entries do not exist, a cycle does.
-	maxDepth = 12
+	// MaxDepth bounds every descent: 84^12 entries do not exist, a cycle does.
+	MaxDepth = 12
 )
 
 // MaxEntries is the capacity of a node with values of size bytes.

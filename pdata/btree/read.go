@@ -27,7 +27,7 @@ func (r Reader) node(loc block.Loc) (node, error) {
 // Lookup returns the value of a key. It must not be changed.
 func (r Reader) Lookup(root block.Loc, key uint64) ([]byte, bool, error) {
 	loc := root
-	for d := 0; d <= maxDepth; d++ {
+	for d := 0; d <= MaxDepth; d++ {
 		n, err := r.node(loc)
 		if err != nil {
 			return nil, false, err
@@ -45,7 +45,7 @@ func (r Reader) Lookup(root block.Loc, key uint64) ([]byte, bool, error) {
 		}
 		loc = n.child(i)
 	}
-	return nil, false, block.Corruptf(root, "b-tree deeper than %d", maxDepth)
+	return nil, false, block.Corruptf(root, "b-tree deeper than %d", MaxDepth)
 }
 
 // Walk calls fn for every entry with a key >= begin, ascending, until fn returns false.
@@ -55,8 +55,8 @@ func (r Reader) Walk(root block.Loc, begin uint64, fn func(key uint64, v []byte)
 }
 
 func (r Reader) walk(loc block.Loc, begin uint64, depth int, fn func(uint64, []byte) bool) (bool, error) {
-	if depth > maxDepth {
-		return false, block.Corruptf(loc, "b-tree deeper than %d", maxDepth)
+	if depth > MaxDepth {
+		return false, block.Corruptf(loc, "b-tree deeper than %d", MaxDepth)
 	}
 	n, err := r.node(loc)
 	if err != nil {
@@ -82,7 +82,7 @@ func (r Reader) walk(loc block.Loc, begin uint64, depth int, fn func(uint64, []b
 // Last returns the highest key of a tree.
 func (r Reader) Last(root block.Loc) (key uint64, ok bool, err error) {
 	loc := root
-	for d := 0; d <= maxDepth; d++ {
+	for d := 0; d <= MaxDepth; d++ {
 		n, err := r.node(loc)
 		if err != nil {
 			return 0, false, err
@@ -95,15 +95,15 @@ func (r Reader) Last(root block.Loc) (key uint64, ok bool, err error) {
 		}
 		loc = n.child(n.len() - 1)
 	}
-	return 0, false, block.Corruptf(root, "b-tree deeper than %d", maxDepth)
+	return 0, false, block.Corruptf(root, "b-tree deeper than %d", MaxDepth)
 }
 
 // Count returns the number of entries of a tree, reading every node once.
 func (r Reader) Count(root block.Loc) (uint64, error) { return r.count(root, 0) }
 
 func (r Reader) count(loc block.Loc, depth int) (uint64, error) {
-	if depth > maxDepth {
-		return 0, block.Corruptf(loc, "b-tree deeper than %d", maxDepth)
+	if depth > MaxDepth {
+		return 0, block.Corruptf(loc, "b-tree deeper than %d", MaxDepth)
 	}
 	n, err := r.node(loc)
 	if err != nil {
@@ -126,7 +126,7 @@ func (r Reader) count(loc block.Loc, depth int) (uint64, error) {
 // height is the number of levels of a tree.
 func (r Reader) height(root block.Loc) (int, error) {
 	loc := root
-	for d := 1; d <= maxDepth+1; d++ {
+	for d := 1; d <= MaxDepth+1; d++ {
 		n, err := r.node(loc)
 		if err != nil {
 			return 0, err
@@ -136,5 +136,5 @@ func (r Reader) height(root block.Loc) (int, error) {
 		}
 		loc = n.child(0)
 	}
-	return 0, block.Corruptf(root, "b-tree deeper than %d", maxDepth)
+	return 0, block.Corruptf(root, "b-tree deeper than %d", MaxDepth)
 }

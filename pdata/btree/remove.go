@@ -64,8 +64,8 @@ func (t *Tree) removeRun(root block.Loc, key, end uint64, limit int) (block.Loc,
 }
 
 func (t *Tree) removeAt(loc block.Loc, key, end uint64, limit, depth int) (block.Loc, node, int, error) {
-	if depth > maxDepth {
-		return 0, nil, 0, block.Corruptf(loc, "b-tree deeper than %d", maxDepth)
+	if depth > MaxDepth {
+		return 0, nil, 0, block.Corruptf(loc, "b-tree deeper than %d", MaxDepth)
 	}
 	nl, n, err := t.shadow(loc)
 	if err != nil {
@@ -140,8 +140,8 @@ func (t *Tree) Release(root block.Loc) error {
 // release returns the number of entries that were in the tree, if count asks for it also below
 // nodes that others go on using.
 func (t *Tree) release(loc block.Loc, depth int, count bool) (uint64, error) {
-	if depth > maxDepth {
-		return 0, block.Corruptf(loc, "b-tree deeper than %d", maxDepth)
+	if depth > MaxDepth {
+		return 0, block.Corruptf(loc, "b-tree deeper than %d", MaxDepth)
 	}
 	if t.tm.Count(loc) > 1 {
 		entries := uint64(0)

@@ -105,8 +105,8 @@ func (t *Tree) Touch(root block.Loc, key uint64) (block.Loc, error) {
 	}
 	newRoot := nl
 	for d := 0; !n.leaf(); d++ {
-		if d > maxDepth {
-			return 0, block.Corruptf(nl, "b-tree deeper than %d", maxDepth)
+		if d > MaxDepth {
+			return 0, block.Corruptf(nl, "b-tree deeper than %d", MaxDepth)
 		}
 		i := max(n.childFor(key), 0)
 		cl, c, err := t.shadow(n.child(i))
