@@ -2,7 +2,9 @@ package vm
 
 import (
 	"context"
+	"fmt"
 	"path/filepath"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -13,6 +15,7 @@ import (
 func Require(t testing.TB) {
 	t.Helper()
 	if _, err := findKit(); err != nil {
+		skipped.Add(1)
 		t.Skipf("real kernel: %v", err)
 	}
 }
@@ -76,4 +79,18 @@ func (m *Machine) Input(t testing.TB, stdin []byte, args ...string) []byte {
 			args, res.Code, lastBytes(res.Stdout, 4000), lastBytes(res.Stderr, 4000), m.console.tail(10))
 	}
 	return res.Stdout
+}
+
+// BuildTo compiles a main package for the guest into a file, for use outside a test.
+func BuildTo(ctx context.Context, out, pkg string) error { return build(ctx, out, "build", pkg) }
+
+var skipped atomic.Int64
+
+// PrintSkipped prints one line that counts the tests that Require skipped; call it at the end of
+// a TestMain.
+func PrintSkipped() {
+	if n := skipped.Load(); n > 0 {
+		_, err := findKit()
+		fmt.Printf("SKIPPED %d tests that need a real kernel: %v\n", n, err)
+	}
 }
