@@ -140,6 +140,9 @@ type Pool interface {
 	Devices(ctx context.Context) ([]thin.DeviceInfo, error)
 	// Device returns one device's details, pending writes included.
 	Device(ctx context.Context, id thin.DevID) (thin.DeviceInfo, error)
+	// HighestMapped returns the last virtual block that a device maps, pending writes included;
+	// ok is false if it maps none.
+	HighestMapped(ctx context.Context, id thin.DevID) (last thin.VBlock, ok bool, err error)
 	// Delta lists the ranges in which two devices differ or agree, as of the last commit made
 	// in the call. fn is called in order; left or right is "left_only", "right_only",
 	// "different" or "same".
