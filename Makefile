@@ -1,0 +1,59 @@
+# make demo    the whole job on a real image, on this machine (make undemo takes it away again)
+# make test    every test: root, FUSE, loop, NBD, and a real kernel in an emulator
+# Both install what they need (scripts/setup.sh --list says what that is).
+
+SHELL := /bin/bash
+.SHELLFLAGS := -o pipefail -c
+GO ?= go
+BIN := bin/mica
+# Two packages at a time: tests with loop devices, FUSE and emulators do not gain from more.
+TESTFLAGS := -p 2 -count=1 -timeout 60m
+PACKAGES ?= ./...
+
+.PHONY: all build demo undemo test race fuzz-short bench lint man setup clean
+
+all: build
+
+# A static binary. Without cmd/mica (a partial checkout) there is nothing to build.
+build:
+	@if [ -d cmd/mica ]; then CGO_ENABLED=0 $(GO) build -trimpath -o $(BIN) ./cmd/mica && echo "built $(BIN)"; \
+	else echo "no cmd/mica here: nothing to build"; fi
+
+setup:
+	@scripts/setup.sh
+
+demo:
+	@scripts/setup.sh build runtime
+	@$(MAKE) --no-print-directory build
+	@demo/demo.sh
+
+undemo:
+	@demo/undemo.sh
+
+test: setup build
+	@$(GO) vet $(PACKAGES)
+	@$(GO) build -o bin/testsum ./internal/cmd/testsum
+	@$(GO) test -json $(TESTFLAGS) $(PACKAGES) 2>&1 | bin/testsum
+
+# The race detector needs cgo. The emulator's tests gain nothing from it.
+race: setup
+	@$(GO) build -o bin/testsum ./internal/cmd/testsum
+	@CGO_ENABLED=1 $(GO) test -race -json $(TESTFLAGS) $$($(GO) list $(PACKAGES) | grep -v -e /test/kernel -e /internal/vm$$) 2>&1 | bin/testsum
+
+fuzz-short:
+	@scripts/fuzz-short.sh $(FUZZTIME)
+
+bench:
+	@$(GO) test -run '^$$' -bench . -benchmem -p 1 $(PACKAGES)
+
+lint:
+	@out=$$(gofmt -l $$(git ls-files '*.go')); [ -z "$$out" ] || { echo "not formatted:"; echo "$$out"; exit 1; }
+	@$(GO) vet ./...
+	@$(GO) test -count=1 ./internal/lint
+	@for f in scripts/*.sh demo/*.sh .ci/run; do [ ! -f $$f ] || bash -n $$f || exit 1; done
+
+man: build
+	@$(BIN) man bin/man && ls bin/man
+
+clean:
+	rm -rf bin
