@@ -10,12 +10,22 @@ import (
 	"mica/dev"
 )
 
-// ErrBusy: the node is mounted or open; the error names by whom.
-var ErrBusy = errors.New("device busy")
+// Conditions that callers branch on.
+var (
+	// ErrBusy: the node is mounted or open; the error names by whom.
+	ErrBusy = errors.New("device busy")
+	// ErrExists: a live attachment, or a survivor, has this name.
+	ErrExists = errors.New("attachment exists")
+	// ErrNotFound: there is no survivor of this name.
+	ErrNotFound = errors.New("no such attachment")
+)
 
 // AttachOptions say how a device is exported.
 type AttachOptions struct {
 	ReadOnly bool
+	// SectorSize is the node's logical sector size in bytes: 512 to 4096, a power of two; 0 is
+	// 512. The device's size must be a multiple of it.
+	SectorSize int
 }
 
 // An Attachment is one exported device.
@@ -23,13 +33,20 @@ type Attachment interface {
 	// Name is the name given to Attach: unique among live attachments of an exporter.
 	Name() string
 	// Node is the path of the kernel's block device ("/dev/loop7"). It is valid until Detach.
+	// Minors are reused: give Link to others.
 	Node() string
+	// Link is the path to give to others ("/dev/mica/NAME"): it is gone before the minor is
+	// reused. If the exporter keeps no links, it is Node.
+	Link() string
 	// Resize tells the kernel that the device's Size has changed.
 	Resize(ctx context.Context) error
 	// Detach takes the node away. If it is mounted or open it returns ErrBusy, naming the mount
 	// or process where it can, and the attachment stays as it was. The device is flushed, not
 	// closed.
 	Detach(ctx context.Context) error
+	// Done is closed when the attachment has ended: by Detach, by Close of the exporter, or
+	// because the kernel's side was taken away by somebody else (an administrator's umount -f).
+	Done() <-chan struct{}
 }
 
 // An Exporter makes block device nodes of one kind.

@@ -1,0 +1,83 @@
+package fuse
+
+import (
+	"fmt"
+	"sync"
+
+	"golang.org/x/sys/unix"
+)
+
+// maxIO is the longest READ and WRITE in bytes: max_write, and 256 pages.
+const maxIO = 1 << 20
+
+// room is the space before the payload of a buffer: headers end where the payload begins, so
+// that the payload is page-aligned and header and payload are one piece of memory.
+const room = 4096
+
+// payload sizes of the buffers that hold requests which wait.
+var classes = [...]int{16 << 10, 128 << 10, maxIO}
+
+// A buffer is memory outside the Go heap for one request and its reply. It belongs to one
+// request from the read of /dev/fuse until its reply is written, and is never shared.
+type buffer struct {
+	mem   []byte // room + payload
+	class int
+}
+
+// in is where a request is read to: a WRITE's data lands at room.
+func (b *buffer) in() []byte { return b.mem[room-inHeaderLen-writeInLen:] }
+
+// payload is the part for n bytes of data.
+func (b *buffer) payload(n int) []byte { return b.mem[room : room+n : room+n] }
+
+// buffers hands out buffers and bounds the bytes that waiting requests hold. Those of a device
+// that is idle are given back to the system. Safe for concurrent use.
+type buffers struct {
+	mu   sync.Mutex
+	free [len(classes)][]*buffer // guarded by mu
+	out  int                     // guarded by mu; buffers handed out, for tests
+}
+
+// get returns a buffer for n bytes of payload.
+func (p *buffers) get(n int) (*buffer, error) {
+	class := 0
+	for classes[class] < n {
+		class++
+	}
+	p.mu.Lock()
+	p.out++
+	if l := p.free[class]; len(l) > 0 {
+		b := l[len(l)-1]
+		p.free[class] = l[:len(l)-1]
+		p.mu.Unlock()
+		return b, nil
+	}
+	p.mu.Unlock()
+	mem, err := unix.Mmap(-1, 0, room+classes[class], unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS)
+	if err != nil {
+		p.mu.Lock()
+		p.out--
+		p.mu.Unlock()
+		return nil, fmt.Errorf("request buffer of %d bytes: %w", room+classes[class], err)
+	}
+	return &buffer{mem: mem, class: class}, nil
+}
+
+func (p *buffers) put(b *buffer) {
+	p.mu.Lock()
+	p.out--
+	p.free[b.class] = append(p.free[b.class], b)
+	p.mu.Unlock()
+}
+
+// trim gives the memory of all unused buffers back to the system.
+func (p *buffers) trim() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for c, l := range p.free {
+		for _, b := range l {
+			unix.Munmap(b.mem)
+		}
+		p.free[c] = nil
+	}
+}

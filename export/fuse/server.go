@@ -1,0 +1,358 @@
+package fuse
+
+import (
+	"errors"
+	"fmt"
+	"log/slog"
+	"runtime"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"mica/dev"
+
+	"golang.org/x/sys/unix"
+)
+
+const (
+	// queueDepth is the number of requests that a loop device has in flight.
+	queueDepth = 128
+	// maxBackground is the kernel's bound of asynchronous requests of one connection. A loop
+	// request of more than maxIO becomes two of ours.
+	maxBackground = 2 * queueDepth
+	// waiterBytes bounds the payload that waiting reads, and waiting writes, hold.
+	waiterBytes = 8 << 20
+	// prefault is how much of a server thread's buffer is in memory from the start. The kernel
+	// answers a request with EIO if the process is killed while a page of the buffer it is
+	// copied to is being faulted in.
+	prefault = 128 << 10
+)
+
+// A spaceRefuser writes without waiting for space: it returns dev.ErrNoSpace where WriteAt
+// would wait for some. Devices that wait implement it, so that waiting writes do not take
+// all places from other requests.
+type spaceRefuser interface {
+	WriteAtNoWait(p []byte, off int64) (int, error)
+}
+
+// A server answers the requests of one FUSE connection from one device.
+//
+// Threads: some goroutines locked to OS threads (serve) read requests from the same
+// descriptor. A request that the device can do at once is done and answered there; others get
+// a slot, and a goroutine of their own (work). If nothing happens for a while the threads
+// end and the descriptor is watched by the exporter's parker, which starts them again.
+//
+// A request is answered exactly once, and its buffer is not touched by anybody else until then.
+type server struct {
+	fd        int // /dev/fuse, non-blocking; owned by the attachment
+	d         dev.Device
+	try       dev.Trier          // nil if d has none
+	noWait    spaceRefuser       // nil if d has none
+	zero      dev.Zeroer         // nil if d has none
+	ext       dev.Extenter       // nil if d has none
+	blockSize uint32             // statfs's f_bsize: the pool's block size
+	readOnly  bool               //
+	size      atomic.Int64       // what the kernel was told, bytes
+	inlineMax int                // longest request served on the thread that read it, bytes
+	threads   int                // wanted
+	idle      time.Duration      // until the threads end
+	park      func(*server) bool // watches fd and calls start; nil: threads never end
+	log       *slog.Logger
+	epoch     time.Time // times of the inodes
+
+	bufs    buffers
+	stopfd  int           // eventfd that wakes every thread
+	ready   chan struct{} // closed after INIT was answered
+	kernel  features      // valid after ready
+	gone    chan struct{} // closed when the connection has ended
+	once    sync.Once     // closes gone
+	served  atomic.Uint64 // requests read
+	workers sync.WaitGroup
+	thr     sync.WaitGroup
+
+	mu       sync.Mutex
+	cond     *sync.Cond // of mu: a slot or payload bytes were given back
+	running  int        // guarded by mu; threads
+	stopping bool       // guarded by mu
+	slots    []*slot    // guarded by mu; unused
+	made     int        // guarded by mu; slots made, at most maxBackground
+	held     [2]int     // guarded by mu; payload bytes of waiting reads and writes
+	waiting  [2]int     // guarded by mu; waiting reads and writes
+}
+
+// indices of held and waiting
+const (
+	reads  = 0
+	writes = 1
+)
+
+// A slot is a request that is done by a goroutine of its own.
+type slot struct {
+	req   request
+	buf   *buffer
+	bytes int // of payload, accounted in held
+	kind  int // reads, writes, or -1
+	run   func()
+}
+
+// features are what the kernel agreed to at INIT.
+type features struct {
+	Minor  uint32 `json:"minor"`
+	Resend bool   `json:"resend"`
+}
+
+func newServer(fd int, d dev.Device, readOnly bool, o *Options) (*server, error) {
+	s := &server{
+		fd: fd, d: d, readOnly: readOnly,
+		inlineMax: o.InlineMax, threads: o.Threads, idle: o.IdleAfter, log: o.Logger, epoch: time.Now(),
+		ready: make(chan struct{}), gone: make(chan struct{}),
+	}
+	s.cond = sync.NewCond(&s.mu)
+	s.try, _ = d.(dev.Trier)
+	s.noWait, _ = d.(spaceRefuser)
+	s.zero, _ = d.(dev.Zeroer)
+	s.ext, _ = d.(dev.Extenter)
+	s.blockSize = 4096
+	if b, ok := d.(dev.BlockSizer); ok && b.BlockSize() >= 512 && b.BlockSize() <= 1<<30 {
+		s.blockSize = uint32(b.BlockSize())
+	}
+	s.size.Store(d.Size())
+	var err error
+	if s.stopfd, err = unix.Eventfd(0, unix.EFD_CLOEXEC|unix.EFD_NONBLOCK); err != nil {
+		return nil, fmt.Errorf("eventfd: %w", err)
+	}
+	return s, nil
+}
+
+// start starts the threads. It does nothing when they run or the server is stopping.
+func (s *server) start() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.stopping || s.running > 0 {
+		return
+	}
+	for range s.threads {
+		s.running++
+		s.thr.Add(1)
+		go s.serve()
+	}
+}
+
+// stop ends the threads and waits until every request that was read is answered. The connection
+// stays open; requests that come now wait for the next server. Stopping twice is fine.
+func (s *server) stop() {
+	s.mu.Lock()
+	already := s.stopping
+	s.stopping = true
+	s.mu.Unlock()
+	if !already {
+		one := [8]byte{0: 1}
+		unix.Write(s.stopfd, one[:])
+	}
+	s.thr.Wait()
+	s.workers.Wait()
+	s.bufs.trim()
+}
+
+// close releases what the server itself holds; only after stop.
+func (s *server) close() { unix.Close(s.stopfd) }
+
+func (s *server) end(why error) {
+	s.once.Do(func() {
+		if why != nil {
+			s.log.Warn("fuse connection ended", "error", why)
+		}
+		close(s.gone)
+	})
+}
+
+// exit ends the calling thread's part in the server, and the thread unless keep. The last one
+// of an idle server hands the descriptor to the parker.
+func (s *server) exit(idle bool) {
+	s.mu.Lock()
+	s.running--
+	last := s.running == 0 && idle && !s.stopping
+	s.mu.Unlock()
+	if last {
+		s.bufs.trim()
+		if !s.park(s) {
+			s.start()
+		}
+	}
+	s.thr.Done()
+}
+
+// serve is one server thread.
+func (s *server) serve() {
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	idle, err := s.loop()
+	if err != nil {
+		s.end(err)
+	}
+	s.exit(idle)
+}
+
+// loop reads and answers requests until the connection ends, the server stops, or it is idle.
+func (s *server) loop() (idle bool, err error) {
+	epfd, err := s.newEpoll()
+	if err != nil {
+		return false, err
+	}
+	defer unix.Close(epfd)
+	buf, err := s.bufs.get(maxIO)
+	if err != nil {
+		return false, err
+	}
+	for i := 0; i < room+prefault; i += 4096 {
+		buf.mem[i] = 0
+	}
+	defer func() { s.bufs.put(buf) }()
+
+	var req request
+	var seen uint64
+	for {
+		in := buf.in()
+		n, errno := rawRead(s.fd, in)
+		switch errno {
+		case 0:
+		case unix.EAGAIN:
+			stop, timeout, err := s.wait(epfd)
+			if err != nil || stop {
+				return false, err
+			}
+			if timeout {
+				if now := s.served.Load(); now == seen && s.park != nil && s.initialised() {
+					return true, nil
+				} else {
+					seen = now
+				}
+			}
+			continue
+		case unix.EINTR, unix.ENOENT: // ENOENT: the request was taken back
+			continue
+		case unix.ENODEV: // unmounted
+			s.end(nil)
+			return false, nil
+		default:
+			return false, fmt.Errorf("read /dev/fuse: %w", errno)
+		}
+		s.served.Add(1)
+		if perr := req.parse(in[:n]); perr != nil {
+			s.log.Error("fuse request", "error", perr)
+			if req.unique != 0 && req.op != opForget && req.op != opBatchForget && req.op != opInterrupt {
+				s.reply(buf, req.unique, unix.EIO, 0)
+			}
+			continue
+		}
+		if buf, err = s.dispatch(&req, buf); err != nil {
+			return false, err
+		}
+	}
+}
+
+func (s *server) initialised() bool {
+	select {
+	case <-s.ready:
+		return true
+	default:
+		return false
+	}
+}
+
+// newEpoll makes the thing that one thread waits on. With EPOLLEXCLUSIVE a request wakes one
+// thread, not all.
+func (s *server) newEpoll() (int, error) {
+	epfd, err := unix.EpollCreate1(unix.EPOLL_CLOEXEC)
+	if err != nil {
+		return -1, fmt.Errorf("epoll: %w", err)
+	}
+	ev := unix.EpollEvent{Events: unix.EPOLLIN | unix.EPOLLEXCLUSIVE, Fd: int32(s.fd)}
+	err = unix.EpollCtl(epfd, unix.EPOLL_CTL_ADD, s.fd, &ev)
+	if err == nil {
+		ev = unix.EpollEvent{Events: unix.EPOLLIN, Fd: int32(s.stopfd)}
+		err = unix.EpollCtl(epfd, unix.EPOLL_CTL_ADD, s.stopfd, &ev)
+	}
+	if err != nil {
+		unix.Close(epfd)
+		return -1, fmt.Errorf("epoll: %w", err)
+	}
+	return epfd, nil
+}
+
+// wait returns when there may be a request, when the server stops, or after the idle time.
+func (s *server) wait(epfd int) (stop, timeout bool, err error) {
+	var ev unix.EpollEvent
+	ms := -1
+	if s.park != nil {
+		ms = int(s.idle.Milliseconds())
+	}
+	n, errno := epollWait(epfd, &ev, ms)
+	switch {
+	case errno == unix.EINTR:
+		return false, false, nil
+	case errno != 0:
+		return false, false, fmt.Errorf("epoll_wait: %w", errno)
+	}
+	return n == 1 && int(ev.Fd) == s.stopfd, n == 0, nil
+}
+
+// reply answers a request with n bytes of payload in b. Errors mean that nobody waits any more:
+// the request was taken back, or the connection has ended, which the next read tells.
+func (s *server) reply(b *buffer, unique uint64, errno unix.Errno, n int) {
+	msg := b.mem[room-outHeaderLen : room+n]
+	putHeader(msg, len(msg), -int32(errno), unique)
+	_, e := rawWrite(s.fd, msg)
+	if e != 0 && e != unix.ENOENT && e != unix.ENODEV && e != unix.ECONNABORTED {
+		s.log.Error("fuse reply", "unique", unique, "bytes", len(msg), "error", e)
+		if n > 0 || errno == 0 {
+			// The kernel refused the message and still waits.
+			s.reply(b, unique, unix.EIO, 0)
+		}
+	}
+}
+
+// replyWritten answers a WRITE. b's payload is not touched.
+func (s *server) replyWritten(b *buffer, unique uint64, n uint32) {
+	msg := b.mem[:outHeaderLen+8]
+	putHeader(msg, len(msg), 0, unique)
+	ne.PutUint32(msg[outHeaderLen:], n)
+	ne.PutUint32(msg[outHeaderLen+4:], 0)
+	if _, e := rawWrite(s.fd, msg); e != 0 && e != unix.ENOENT && e != unix.ENODEV && e != unix.ECONNABORTED {
+		s.log.Error("fuse reply", "unique", unique, "bytes", len(msg), "error", e)
+	}
+}
+
+// notify sends a notification; payload follows the header in msg.
+func (s *server) notify(code int32, payload []byte) error {
+	msg := make([]byte, outHeaderLen+len(payload))
+	putHeader(msg, len(msg), code, 0)
+	copy(msg[outHeaderLen:], payload)
+	for {
+		_, err := unix.Write(s.fd, msg)
+		if err != unix.EINTR {
+			return err
+		}
+	}
+}
+
+// resized tells the kernel to ask for the file's size again.
+func (s *server) resized(size int64) error {
+	s.size.Store(size)
+	var p [24]byte
+	ne.PutUint64(p[:], diskNode)
+	ne.PutUint64(p[8:], ^uint64(0)) // attributes only, no pages
+	if err := s.notify(notifyInvalInode, p[:]); err != nil && !errors.Is(err, unix.ENOENT) {
+		return fmt.Errorf("FUSE_NOTIFY_INVAL_INODE: %w", err)
+	}
+	return nil
+}
+
+// resend makes the kernel put every request that a predecessor read and did not answer back
+// into the queue. Before start, or requests of this server would be done twice.
+func (s *server) resend() error {
+	if err := s.notify(notifyResend, nil); err != nil {
+		return fmt.Errorf("FUSE_NOTIFY_RESEND: %w", err)
+	}
+	return nil
+}

@@ -1,0 +1,27 @@
+package fuse
+
+import (
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+)
+
+// The two system calls of the hot path, without an allocation and without a word to the
+// scheduler: /dev/fuse is non-blocking and a message is at most maxIO and a page, so that they
+// take microseconds; telling the scheduler costs more than it gives.
+
+func rawRead(fd int, p []byte) (int, unix.Errno) {
+	n, _, errno := unix.RawSyscall(unix.SYS_READ, uintptr(fd), uintptr(unsafe.Pointer(unsafe.SliceData(p))), uintptr(len(p)))
+	return int(n), errno
+}
+
+func rawWrite(fd int, p []byte) (int, unix.Errno) {
+	n, _, errno := unix.RawSyscall(unix.SYS_WRITE, uintptr(fd), uintptr(unsafe.Pointer(unsafe.SliceData(p))), uintptr(len(p)))
+	return int(n), errno
+}
+
+// epollWait waits for one event without allocating. timeout is in milliseconds, -1 is for ever.
+func epollWait(epfd int, ev *unix.EpollEvent, timeout int) (int, unix.Errno) {
+	n, _, errno := unix.Syscall6(unix.SYS_EPOLL_WAIT, uintptr(epfd), uintptr(unsafe.Pointer(ev)), 1, uintptr(timeout), 0, 0)
+	return int(n), errno
+}

@@ -1,0 +1,108 @@
+package loop
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"strconv"
+	"strings"
+
+	"golang.org/x/sys/unix"
+)
+
+// Device files. On a host devtmpfs makes them. In a container with a /dev of its own they may be
+// missing, so they are made here from what sysfs says.
+
+const (
+	controlPath = "/dev/loop-control"
+	loopMajor   = 7
+	// controlMinor is the fixed misc minor of loop-control (major 10).
+	controlMajor = 10
+	controlMinor = 237
+)
+
+func openControl() (int, error) {
+	fd, err := openRetry(controlPath, unix.O_RDWR)
+	if errors.Is(err, unix.ENOENT) {
+		if err := unix.Mknod(controlPath, unix.S_IFCHR|0o660, int(unix.Mkdev(controlMajor, controlMinor))); err != nil && err != unix.EEXIST {
+			return -1, fmt.Errorf("%s is missing and cannot be made: %w", controlPath, err)
+		}
+		fd, err = openRetry(controlPath, unix.O_RDWR)
+	}
+	if err != nil {
+		return -1, fmt.Errorf("%s: %w", controlPath, err)
+	}
+	return fd, nil
+}
+
+// ensureNode returns the device file of loop device n and makes it if it is missing or belongs
+// to something else. ErrNotBound if the kernel has no such device.
+func ensureNode(n int) (string, error) {
+	path := "/dev/loop" + strconv.Itoa(n)
+	dev, err := deviceNumber(n)
+	if err != nil {
+		return "", err
+	}
+	var st unix.Stat_t
+	err = unix.Stat(path, &st)
+	if err == nil && st.Mode&unix.S_IFMT == unix.S_IFBLK && st.Rdev == dev {
+		return path, nil
+	}
+	if err == nil {
+		return "", fmt.Errorf("%s is not block device %d:%d", path, unix.Major(dev), unix.Minor(dev))
+	}
+	if err != unix.ENOENT {
+		return "", fmt.Errorf("%s: %w", path, err)
+	}
+	if err := unix.Mknod(path, unix.S_IFBLK|0o660, int(dev)); err != nil && err != unix.EEXIST {
+		return "", fmt.Errorf("%s is missing and cannot be made: %w", path, err)
+	}
+	return path, nil
+}
+
+// deviceNumber reads the device number of loop device n from sysfs.
+func deviceNumber(n int) (uint64, error) {
+	b, err := os.ReadFile(sysfs(n) + "/dev")
+	if errors.Is(err, os.ErrNotExist) {
+		return 0, fmt.Errorf("loop%d: %w", n, ErrNotBound)
+	}
+	if err != nil {
+		return 0, err
+	}
+	maj, min, ok := strings.Cut(strings.TrimSpace(string(b)), ":")
+	if ok {
+		a, err1 := strconv.ParseUint(maj, 10, 32)
+		i, err2 := strconv.ParseUint(min, 10, 32)
+		if err1 == nil && err2 == nil {
+			return unix.Mkdev(uint32(a), uint32(i)), nil
+		}
+	}
+	return 0, fmt.Errorf("%s/dev says %q: want MAJOR:MINOR", sysfs(n), b)
+}
+
+// devices is the set of loop devices that exist, bound or not.
+func devices() map[int]bool {
+	set := make(map[int]bool)
+	list, err := os.ReadDir("/sys/block")
+	if err != nil {
+		return set
+	}
+	for _, e := range list {
+		if s, ok := strings.CutPrefix(e.Name(), "loop"); ok {
+			if n, err := strconv.Atoi(s); err == nil {
+				set[n] = true
+			}
+		}
+	}
+	return set
+}
+
+// NumberOf returns the loop number of a node such as "/dev/loop7".
+func NumberOf(node string) (int, error) {
+	s, ok := strings.CutPrefix(node, "/dev/loop")
+	n, err := strconv.Atoi(s)
+	if !ok || err != nil || n < 0 {
+		return 0, fmt.Errorf("%q is not a loop device", node)
+	}
+	return n, nil
+}
