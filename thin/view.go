@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"math"
 
+	"mica/dev"
 	"mica/pdata/block"
 	"mica/pdata/btree"
 	"mica/pdata/spacemap"
@@ -13,9 +14,12 @@ import (
 // A View is one committed state of a pool, for long walks: it stands still while commits go on,
 // and takes no lock of the metadata while it reads. Safe for concurrent use.
 type View struct {
-	m   *Metadata
-	pin *spacemap.Pin
-	sb  Superblock
+	d    dev.Device
+	buf  []byte // superblock
+	sb   Superblock
+	read btree.Blocks
+	m    *Metadata // nil: nobody else has the pool open
+	pin  *spacemap.Pin
 }
 
 // Pin holds the last committed state. Metadata blocks that are freed later are not reused until
@@ -23,7 +27,7 @@ type View struct {
 func (m *Metadata) Pin() *View {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	return &View{m: m, pin: m.meta.Pin(), sb: m.csb}
+	return &View{d: m.d, buf: m.committed, sb: m.csb, read: m.cache, m: m, pin: m.meta.Pin()}
 }
 
 // Unpin lets go. The view must not be used afterwards; a second call does nothing.
@@ -37,7 +41,7 @@ func (v *View) Unpin() {
 func (v *View) Superblock() Superblock { return v.sb }
 
 func (v *View) reader(size int) btree.Reader {
-	return btree.Reader{Blocks: v.m.cache, ValueSize: size}
+	return btree.Reader{Blocks: v.read, ValueSize: size}
 }
 
 // Devices lists the devices, by id.
