@@ -40,6 +40,7 @@ func Apply(ctx context.Context, root string, r io.Reader, o ApplyOptions) (Stats
 	a := &applier{
 		ctx: ctx, o: o, dirs: dirs, tr: tar.NewReader(br),
 		made:  map[string]struct{}{},
+		hid:   map[string]struct{}{},
 		times: map[string]times{},
 		buf:   make([]byte, 1<<20),
 	}
@@ -70,6 +71,7 @@ type applier struct {
 	dirs  *dirCache
 	tr    *tar.Reader
 	made  map[string]struct{} // what this tar brought
+	hid   map[string]struct{} // where something else took the place of a directory
 	times map[string]times    // of directories that were listed or changed
 	buf   []byte
 	stats Stats

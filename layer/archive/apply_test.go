@@ -149,6 +149,7 @@ func TestWhiteouts(t *testing.T) {
 		{"aufs bookkeeping", []ent{{name: ".wh..wh.plnk/"}, {name: ".wh..wh.aufs", body: "x"}, {name: ".wh..wh.orph/"}}, all},
 		{"file becomes directory, whiteout after", []ent{{name: "f/"}, {name: "f/x", body: "2"}, {name: ".wh.f"}}, "d/ d/f=1 d/s/ d/s/f=1 d/s/t/ d/s/t/u=1 f/ f/x=2 g=1 l->d"},
 		{"directory becomes file, whiteout after", []ent{{name: "d", body: "2"}, {name: ".wh.d"}}, "d=2 f=1 g=1 l->d"},
+		{"below a directory that became a link", []ent{{name: "d", typ: tar.TypeSymlink, link: "/"}, {name: "d/.wh.f"}, {name: "d/s/.wh.f"}, {name: "d/.wh..wh..opq"}}, "d->/ f=1 g=1 l->d"},
 		{"longest name", []ent{{name: ".wh." + strings.Repeat("x", 255)}}, all},
 	} {
 		t.Run(c.name, func(t *testing.T) {

@@ -216,6 +216,12 @@ func diffApplyRandom(t *testing.T, seed int64) {
 // randomChanges makes n random changes to a tree, with few names so that they collide.
 func randomChanges(t testing.TB, rng *rand.Rand, root string, n int) {
 	t.Helper()
+	names := []string{"a", "b", "c", "d.x", "-e", "\xff\xfe", "ü", "with space", "nl\n", strings.Repeat("long", 60)}
+	randomNamed(t, rng, root, n, names)
+}
+
+func randomNamed(t testing.TB, rng *rand.Rand, root string, n int, names []string) {
+	t.Helper()
 	check := func(err error) {
 		t.Helper()
 		if err != nil {
@@ -245,7 +251,6 @@ func randomChanges(t testing.TB, rng *rand.Rand, root string, n int) {
 		return fs
 	}
 	pick := func(s []string) string { return s[rng.Intn(len(s))] }
-	names := []string{"a", "b", "c", "d.x", "-e", "\xff\xfe", "ü", "with space", "nl\n", strings.Repeat("long", 60)}
 	attr := func(p string) {
 		st, err := os.Lstat(p)
 		check(err)

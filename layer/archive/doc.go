@@ -15,7 +15,8 @@
 //     target is accepted when this very archive made it, which some builders write);
 //   - entries below a symbolic link that the same archive made. A symbolic link of a lower layer
 //     (lib -> usr/lib, var/run -> /run) is followed as chroot would, if what it leads to exists
-//     inside, and refused if it climbs out of the root;
+//     inside, and refused if it climbs out of the root. Whiteouts below a directory that this
+//     archive made a link have nothing left to hide, and do nothing;
 //   - whiteouts of "", "." and "..", names below a reserved ".wh." name, device numbers and
 //     owners that do not fit, and whatever is over the limits of ApplyOptions.
 //

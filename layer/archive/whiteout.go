@@ -8,6 +8,10 @@ import (
 	"golang.org/x/sys/unix"
 )
 
+// errHidden: a whiteout is below a directory that became a link in this same tar. Some builders
+// list all that was in such a directory; it is gone already.
+var errHidden = errors.New("hidden already")
+
 // whiteout applies an entry whose last component begins with ".wh.". Where there is nothing to
 // hide it does nothing, and makes no directory either.
 func (a *applier) whiteout(parent []string, base string) error {
@@ -18,9 +22,14 @@ func (a *applier) whiteout(parent []string, base string) error {
 	if base != whOpaque && (name == "" || name == "." || name == "..") {
 		return fmt.Errorf("whiteout of %q: %w", name, ErrInvalid)
 	}
-	d, err := a.dirs.resolve(parent, a.follow)
+	d, err := a.dirs.resolve(parent, func(path string) error {
+		if _, ok := a.hid[path]; ok {
+			return errHidden
+		}
+		return a.follow(path)
+	})
 	var missing *missingError
-	if errors.As(err, &missing) || errors.Is(err, unix.ENOTDIR) {
+	if errors.As(err, &missing) || errors.Is(err, unix.ENOTDIR) || errors.Is(err, errHidden) {
 		return nil
 	}
 	if err != nil {
@@ -46,6 +55,7 @@ func (a *applier) remove(d *openDir, base string) error {
 	err := unix.Unlinkat(d.fd, base, 0)
 	if errors.Is(err, unix.EISDIR) {
 		a.dirs.forget(path)
+		a.hid[path] = struct{}{}
 		err = a.removeDir(d.fd, base)
 	}
 	if err != nil && !errors.Is(err, unix.ENOENT) {
