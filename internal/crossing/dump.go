@@ -19,11 +19,12 @@ type Dump struct {
 
 // A DumpDevice is one thin device of a Dump.
 type DumpDevice struct {
-	ID       uint32 `xml:"dev_id,attr"`
-	Mapped   int64  `xml:"mapped_blocks,attr"`
-	Created  uint32 `xml:"creation_time,attr"`
-	SnapTime uint32 `xml:"snap_time,attr"`
-	Mappings []DumpRun
+	ID          uint32
+	Mapped      int64
+	Transaction uint64
+	Created     uint32
+	SnapTime    uint32
+	Mappings    []DumpRun
 }
 
 // A DumpRun is Length blocks mapped from virtual block Origin to data block Data.
@@ -43,6 +44,7 @@ func (d *DumpDevice) UnmarshalXML(dec *xml.Decoder, start xml.StartElement) erro
 		return v
 	}
 	d.ID, d.Mapped = uint32(attr(start, "dev_id")), attr(start, "mapped_blocks")
+	d.Transaction = uint64(attr(start, "transaction"))
 	d.Created, d.SnapTime = uint32(attr(start, "creation_time")), uint32(attr(start, "snap_time"))
 	for {
 		tok, err := dec.Token()

@@ -4,12 +4,16 @@ import "math/rand/v2"
 
 // A Generator makes random scripts that fit a model, and applies them to it.
 type Generator struct {
-	Model     *Model
-	SizeBytes int64 // of new devices
-	MaxDevs   int
-	MaxWrite  int64 // bytes of one write at most
-	// Snapshots forbids metadata snapshots where the pool cannot make them in between.
-	NoMetadataSnap bool
+	Model          *Model
+	SizeBytes      int64 // of new devices
+	MaxDevs        int
+	MaxWrite       int64 // bytes of one write at most
+	NoMetadataSnap bool  // scripts hold and release the metadata snapshot themselves
+	// NoDelete keeps the devices that exist.
+	NoDelete bool
+	// NoDiscard is for the kernel with blocks whose size is no power of two: its block layer
+	// then cuts discards at places that are no block boundaries, and those blocks stay mapped.
+	NoDiscard bool
 
 	rng  *rand.Rand
 	next uint32 // next device id
@@ -49,7 +53,7 @@ func (g *Generator) op() Op {
 	case x < 12 && len(ids) < g.MaxDevs:
 		g.next++
 		return Op{Kind: CreateSnap, Dev: g.next, Origin: dev}
-	case x < 17 && len(ids) > 2:
+	case x < 17 && len(ids) > 2 && !g.NoDelete:
 		return Op{Kind: Delete, Dev: dev}
 	case x < 20:
 		old := g.Model.TransactionID
@@ -65,7 +69,7 @@ func (g *Generator) op() Op {
 		return Op{Kind: Flush, Dev: dev}
 	case x < 28:
 		return Op{Kind: Reopen}
-	case x < 40:
+	case x < 40 && !g.NoDiscard:
 		off, n := g.extent(d, 12*g.Model.BlockBytes)
 		if g.rng.IntN(2) == 0 { // whole blocks, as a file system with large extents discards
 			off -= off % g.Model.BlockBytes

@@ -11,25 +11,115 @@ const (
 	mib = int64(1) << 20
 )
 
-// TestKernelPool: a pool made by the kernel.
-func TestKernelPool(t *testing.T) {
+// TestKernelMadePool: a pool of the kernel, changed by mica, changed by the kernel, and so on.
+func TestKernelMadePool(t *testing.T) {
 	s := newScenario(t, 1, 64*kib, 64*mib, 4*mib, 8*mib)
 	s.kernel(func(sc *script) { sc.random(300) })
-	s.kernel(func(sc *script) { sc.random(200) })
+	s.mica(thinSide, func(sc *script) { sc.random(300) })
+	s.kernel(func(sc *script) { sc.random(300) })
+	s.mica(thinSide, func(sc *script) { sc.random(300) })
+	s.kernel(func(sc *script) { sc.random(100) })
+}
+
+// TestMicaMadePool: the other way round.
+func TestMicaMadePool(t *testing.T) {
+	s := newScenario(t, 2, 64*kib, 64*mib, 4*mib, 8*mib)
+	s.format()
+	s.mica(thinSide, func(sc *script) { sc.random(300) })
+	s.kernel(func(sc *script) { sc.random(300) })
+	s.mica(thinSide, func(sc *script) { sc.random(300) })
+	s.kernel(func(sc *script) { sc.random(100) })
 }
 
 // TestThousandsOfMappings makes trees of several levels and snapshots of them.
 func TestThousandsOfMappings(t *testing.T) {
 	const blocks = 4000
-	s := newScenario(t, 2, 64*kib, 768*mib, 8*mib, blocks*64*kib)
+	size := blocks * 64 * kib
+	s := newScenario(t, 3, 64*kib, 768*mib, 8*mib, size)
+	s.gen.MaxDevs = 4
+	every := func(sc *script, dev uint32, off, n, stride int64) {
+		sc.do(crossing.Op{Kind: crossing.Scatter, Dev: dev, Off: off, Len: n, Stride: stride, Count: (size - off) / stride, Seed: sc.Seed()})
+	}
 	s.kernel(func(sc *script) {
-		sc.do(crossing.Op{Kind: crossing.CreateThin, Dev: 100, Size: blocks * 64 * kib})
+		sc.do(crossing.Op{Kind: crossing.CreateThin, Dev: 100, Size: size})
 		// Every other block first, then the rest: data blocks alternate, so nothing is one run.
-		for _, begin := range []int64{0, 64 * kib} {
-			sc.do(crossing.Op{Kind: crossing.Scatter, Dev: 100, Off: begin + 4*kib, Len: 4 * kib, Stride: 128 * kib, Count: blocks / 2, Seed: sc.Seed()})
-		}
+		every(sc, 100, 4*kib, 4*kib, 128*kib)
+		every(sc, 100, 68*kib, 4*kib, 128*kib)
 		sc.do(crossing.Op{Kind: crossing.CreateSnap, Dev: 101, Origin: 100})
-		sc.do(crossing.Op{Kind: crossing.Scatter, Dev: 100, Off: 0, Len: 512, Stride: 192 * kib, Count: blocks / 3, Seed: sc.Seed()})
+		every(sc, 100, 0, 512, 192*kib)
 		sc.do(crossing.Op{Kind: crossing.Discard, Dev: 101, Off: 10 * mib, Len: 100 * mib})
+	})
+	s.mica(thinSide, func(sc *script) {
+		sc.do(crossing.Op{Kind: crossing.CreateSnap, Dev: 102, Origin: 101})
+		every(sc, 101, 8*kib, 1024, 320*kib)
+		sc.do(crossing.Op{Kind: crossing.Discard, Dev: 100, Off: 0, Len: 50 * mib})
+		sc.do(crossing.Op{Kind: crossing.Delete, Dev: 100})
+		sc.do(crossing.Op{Kind: crossing.CreateThin, Dev: 103, Size: size})
+		every(sc, 103, 60*kib, 512, 256*kib)
+	})
+	s.kernel(func(sc *script) {
+		every(sc, 102, 12*kib, 512, 448*kib)
+		sc.do(crossing.Op{Kind: crossing.Delete, Dev: 101})
+		sc.do(crossing.Op{Kind: crossing.Discard, Dev: 103, Off: 0, Len: size})
+	})
+}
+
+// TestLargeBlocks: 512 KiB, where most writes are partial, and 192 KiB, which is no power of two.
+func TestLargeBlocks(t *testing.T) {
+	for i, block := range []int64{512 * kib, 192 * kib} {
+		s := newScenario(t, 4+uint64(i), block, 300*block, 4*mib, 24*block)
+		s.gen.MaxWrite = 2 * block
+		s.gen.NoDiscard = block&(block-1) != 0
+		s.kernel(func(sc *script) { sc.random(150) })
+		s.gen.NoDiscard = false
+		s.mica(thinSide, func(sc *script) { sc.random(150) })
+		s.gen.NoDiscard = block&(block-1) != 0
+		s.kernel(func(sc *script) { sc.random(60) })
+	}
+}
+
+// TestGrowth: both devices grow on either side, the kernel's while the pool is active.
+func TestGrowth(t *testing.T) {
+	s := newScenario(t, 6, 64*kib, 8*mib, 512*kib, 4*mib)
+	grow := func(sc *script, data, metadata int64) {
+		sc.random(60)
+		sc.do(crossing.Op{Kind: crossing.GrowData, Size: data})
+		sc.random(60)
+		sc.do(crossing.Op{Kind: crossing.GrowMetadata, Size: metadata})
+		sc.random(60)
+	}
+	s.gen.MaxDevs = 4
+	s.gen.MaxWrite = 64 * kib
+	s.format()
+	s.mica(thinSide, func(sc *script) { grow(sc, 16*mib, 2*mib) })
+	s.kernel(func(sc *script) { grow(sc, 48*mib+64*kib, 3*mib+4*kib) })
+	s.mica(thinSide, func(sc *script) { grow(sc, 1100*mib, 70*mib) }) // a second bitmap block each
+	s.kernel(func(sc *script) { grow(sc, 2200*mib, 140*mib) })
+}
+
+// TestHeldMetadataSnapshot: trees that only the snapshot refers to stay, on both sides.
+func TestHeldMetadataSnapshot(t *testing.T) {
+	s := newScenario(t, 7, 64*kib, 64*mib, 4*mib, 8*mib)
+	s.gen.NoMetadataSnap, s.gen.NoDelete = true, true
+	fill := func(sc *script, dev uint32) {
+		sc.do(crossing.Op{Kind: crossing.CreateThin, Dev: dev, Size: 8 * mib},
+			crossing.Op{Kind: crossing.Write, Dev: dev, Off: 0, Len: 4 * mib, Seed: sc.Seed()},
+			crossing.Op{Kind: crossing.CreateSnap, Dev: dev + 1, Origin: dev})
+	}
+	s.kernel(func(sc *script) {
+		fill(sc, 1000)
+		sc.do(crossing.Op{Kind: crossing.Reserve}, crossing.Op{Kind: crossing.Delete, Dev: 1000})
+	})
+	s.mica(thinSide, func(sc *script) {
+		sc.random(80)
+		sc.do(crossing.Op{Kind: crossing.Delete, Dev: 1001}, crossing.Op{Kind: crossing.Release})
+		fill(sc, 2000)
+		sc.do(crossing.Op{Kind: crossing.Reserve}, crossing.Op{Kind: crossing.Delete, Dev: 2001})
+		sc.random(80)
+	})
+	s.kernel(func(sc *script) {
+		sc.random(80)
+		sc.do(crossing.Op{Kind: crossing.Release}, crossing.Op{Kind: crossing.Reserve})
+		sc.random(80)
 	})
 }

@@ -1,6 +1,7 @@
 package kernel
 
 import (
+	"errors"
 	"fmt"
 	"maps"
 	"os"
@@ -8,7 +9,9 @@ import (
 	"testing"
 	"time"
 
+	"mica/dev"
 	"mica/internal/crossing"
+	"mica/thin"
 )
 
 // A scenario is one pool that goes back and forth between the engines. After every phase each
@@ -73,6 +76,49 @@ func (s *scenario) kernel(write func(*script)) {
 	s.verify()
 }
 
+// A side is one of mica's engines on the files of the rig.
+type side struct {
+	name string
+	open func(data, metadata string) (hostPool, error)
+}
+
+// A hostPool is a pool that mica has open; Close commits.
+type hostPool interface {
+	crossing.Pool
+	Close() error
+}
+
+var thinSide = side{"thin", func(data, metadata string) (hostPool, error) { return openThinPool(data, metadata) }}
+
+// format makes the pool with mica. Without it the kernel formats at its first activation.
+func (s *scenario) format() {
+	s.t.Helper()
+	if err := formatThin(s.rig.data, s.rig.meta, s.model.BlockBytes, s.model.DataBytes, s.model.MetadataBytes); err != nil {
+		s.t.Fatal(err)
+	}
+}
+
+// mica runs a script on one of mica's engines, then verifies.
+func (s *scenario) mica(e side, write func(*script)) {
+	s.t.Helper()
+	begin, existing := time.Now(), sizes(s.model)
+	sc := &script{Generator: s.gen}
+	write(sc)
+	p, err := e.open(s.rig.data, s.rig.meta)
+	if err != nil {
+		s.t.Fatalf("%s opens the pool: %v", e.name, err)
+	}
+	r := crossing.NewRunner(p, existing, make([]byte, max(1<<20, s.model.BlockBytes)))
+	err = r.Run(sc.ops)
+	err = errors.Join(err, r.Close(), p.Close())
+	if err != nil {
+		s.t.Fatalf("%s: %v", e.name, err)
+	}
+	s.last = e.name
+	s.t.Logf("%s: %d operations in %.1f s", e.name, len(sc.ops), time.Since(begin).Seconds())
+	s.verify()
+}
+
 // verify compares everything with the model after a phase.
 func (s *scenario) verify() {
 	s.t.Helper()
@@ -85,6 +131,8 @@ func (s *scenario) verify() {
 		s.t.Fatalf("after %s: %v", s.last, err)
 	}
 	s.verifyDump(dump)
+	s.verifyMetadata(dump)
+	s.verifyMica(thinSide)
 	s.verifyKernel()
 	if s.t.Failed() {
 		s.t.FailNow()
@@ -186,6 +234,79 @@ func (s *scenario) reportBlock(reader string, id uint32, off int64, got, want []
 				off/s.model.BlockBytes, (off+int64(i))/crossing.SectorSize, crossing.Describe(g), crossing.Describe(w))
 			return
 		}
+	}
+}
+
+// verifyMetadata compares what mica reads in the metadata with thin_dump: every mapping with its
+// time, every detail.
+func (s *scenario) verifyMetadata(dump *crossing.Dump) {
+	s.t.Helper()
+	f, err := dev.OpenFile(s.rig.meta, dev.OpenOptions{ReadOnly: true})
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	m, err := thin.Open(f, thin.OpenOptions{ReadOnly: true})
+	if err != nil {
+		s.t.Fatalf("after %s: mica opens the metadata: %v", s.last, err)
+	}
+	defer m.Close()
+	if (m.HeldRoot() != 0) != s.model.Held || m.TransactionID() != dump.Transaction || m.Time() != dump.Time {
+		s.t.Errorf("after %s: mica reads held root %d, transaction %d, time %d; want held %v, %d, %d",
+			s.last, m.HeldRoot(), m.TransactionID(), m.Time(), s.model.Held, dump.Transaction, dump.Time)
+	}
+	v := m.Pin()
+	defer v.Unpin()
+	list, err := v.Devices()
+	if err != nil || len(list) != len(dump.Devices) {
+		s.t.Fatalf("after %s: mica lists %d devices (%v), want %d", s.last, len(list), err, len(dump.Devices))
+	}
+	for i, d := range dump.Devices {
+		want := thin.DeviceInfo{ID: thin.DevID(d.ID), Details: thin.Details{MappedBlocks: uint64(d.Mapped),
+			TransactionID: d.Transaction, CreationTime: d.Created, SnapshottedTime: d.SnapTime}}
+		if list[i] != want {
+			s.t.Errorf("after %s: mica reads %+v, want %+v", s.last, list[i], want)
+		}
+		var entries []thin.Entry
+		for _, r := range d.Mappings {
+			for k := int64(0); k < r.Length; k++ {
+				entries = append(entries, thin.Entry{VBlock: thin.VBlock(r.Origin + k),
+					Mapping: thin.Mapping{Block: thin.DataBlock(r.Data + k), Time: r.Time}})
+			}
+		}
+		n := 0
+		err := v.Walk(want.ID, 0, func(e thin.Entry) bool {
+			if n >= len(entries) || e != entries[n] {
+				s.t.Errorf("after %s: device %d entry %d: mica reads %+v, thin_dump otherwise", s.last, d.ID, n, e)
+				return false
+			}
+			n++
+			return true
+		})
+		if err != nil || n != len(entries) {
+			s.t.Errorf("after %s: device %d: mica walks %d mappings (%v), thin_dump has %d", s.last, d.ID, n, err, len(entries))
+		}
+	}
+}
+
+// verifyMica has one of mica's engines read every device.
+func (s *scenario) verifyMica(e side) {
+	s.t.Helper()
+	p, err := e.open(s.rig.data, s.rig.meta)
+	if err != nil {
+		s.t.Fatalf("after %s: %s opens the pool: %v", s.last, e.name, err)
+	}
+	for _, id := range s.model.IDs() {
+		d, err := p.Open(id, s.model.Devices[id].SizeBytes)
+		if err != nil {
+			s.t.Fatalf("after %s: %s opens device %d: %v", s.last, e.name, id, err)
+		}
+		s.compare(e.name, id, d)
+		if err := d.Close(); err != nil {
+			s.t.Error(err)
+		}
+	}
+	if err := p.Close(); err != nil {
+		s.t.Fatalf("after %s: %s closes the pool: %v", s.last, e.name, err)
 	}
 }
 
