@@ -62,8 +62,18 @@ func (a *attachment) Link() string {
 
 func (a *attachment) Done() <-chan struct{} { return a.done }
 
-// watch ends the attachment when its connection is ended by somebody else.
 func (a *attachment) finish() { a.once.Do(func() { close(a.done) }) }
+
+// cut is told by the server that the connection has ended. If that is not the doing of a detach,
+// the attachment is over; Detach still clears it away.
+func (a *attachment) cut() {
+	a.mu.Lock()
+	ours := a.leaving != nil
+	a.mu.Unlock()
+	if !ours {
+		a.finish()
+	}
+}
 
 // shut stops the server and closes the descriptor.
 func (a *attachment) shut() {

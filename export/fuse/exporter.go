@@ -216,7 +216,7 @@ func (e *Exporter) attach(ctx context.Context, name string, d dev.Device, o expo
 		e.removeMount(name)
 		return nil, err
 	}
-	a.s.park = e.park.park
+	a.s.park, a.s.onEnd = e.park.park, a.cut
 	a.s.start()
 	defer func() {
 		if err != nil {

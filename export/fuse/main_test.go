@@ -211,5 +211,3 @@ func (d tries) TryWriteAt(p []byte, off int64) error {
 	_, err := d.Device.WriteAt(p, off)
 	return err
 }
-
-func serveRole(string, string, []string) error { return nil }

@@ -57,6 +57,7 @@ type server struct {
 	threads   int                // wanted
 	idle      time.Duration      // until the threads end
 	park      func(*server) bool // watches fd and calls start; nil: threads never end
+	onEnd     func()             // called once when the connection has ended; may be nil
 	log       *slog.Logger
 	epoch     time.Time // times of the inodes
 
@@ -163,6 +164,9 @@ func (s *server) end(why error) {
 			s.log.Warn("fuse connection ended", "error", why)
 		}
 		close(s.gone)
+		if s.onEnd != nil {
+			s.onEnd()
+		}
 	})
 }
 

@@ -114,7 +114,7 @@ func (e *Exporter) adopt(name string, d dev.Device) (_ *attachment, err error) {
 	a.s.size.Store(rec.Size)
 	a.s.kernel = rec.Kernel
 	close(a.s.ready)
-	a.s.park = e.park.park
+	a.s.park, a.s.onEnd = e.park.park, a.cut
 	if rec.Kernel.Resend {
 		if err := a.s.resend(); err != nil {
 			a.s.close()
