@@ -1,7 +1,6 @@
 package thin
 
 import (
-	"bytes"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -76,37 +75,52 @@ func Format(d dev.Device, o FormatOptions) error {
 	if err := CheckBlockSize(o.DataBlockSize); err != nil {
 		return err
 	}
-	first := make([]byte, block.Size)
-	n := min(uint64(d.Size()/block.Size), spacemap.MaxMetaBlocks)
-	if n < 16 {
-		return fmt.Errorf("metadata device of %d bytes is too small: at least %d", d.Size(), 16*block.Size)
+	if n := d.Size() / block.Size; n < minMetaBlocks {
+		return fmt.Errorf("metadata device of %d bytes is too small: at least %d", d.Size(), minMetaBlocks*block.Size)
 	}
+	first := make([]byte, block.Size)
 	if _, err := d.ReadAt(first, 0); err != nil {
 		return fmt.Errorf("read metadata block 0: %w", err)
 	}
-	if !o.Force && !bytes.Equal(first, make([]byte, block.Size)) {
+	if !o.Force && !allZero(first) {
 		return fmt.Errorf("the first block of the metadata device is not empty: %w", ErrExists)
 	}
-	m := newMetadata(d, 0)
+	m, err := create(d, 0, o)
+	if err == nil {
+		_, err = m.Commit(nil)
+	}
+	return formatErr(err, uint64(d.Size()/block.Size), o)
+}
+
+// minMetaBlocks is the smallest metadata device, in blocks.
+const minMetaBlocks = 16
+
+// create makes an empty pool whose first transaction is open.
+func create(d dev.Device, cacheBytes int64, o FormatOptions) (*Metadata, error) {
+	n := min(uint64(d.Size()/block.Size), spacemap.MaxMetaBlocks)
+	m := newMetadata(d, cacheBytes)
 	m.sb = Superblock{Magic: superblockMagic, Version: superblockVersion,
 		DataBlockSize: uint32(o.DataBlockSize / sectorSize), MetaBlockSize: metaSectors, MetaBlocksThen: n}
+	// Two bytes are set aside for every data block: first see that their bitmaps fit.
+	if o.DataBlocks/spacemap.EntriesPerBitmap > n {
+		return nil, fmt.Errorf("bitmaps of %d data blocks: %w", o.DataBlocks, ErrNoMetaSpace)
+	}
 	var err error
 	if m.meta, err = spacemap.FormatMeta(m.tm, n); err != nil {
-		return err
+		return nil, err
 	}
 	if m.data, err = spacemap.FormatData(m.tm, o.DataBlocks); err != nil {
-		return formatErr(err, n, o)
+		return nil, err
 	}
 	m.trees()
 	if m.sb.MappingRoot, err = m.top.Empty(); err != nil {
-		return err
+		return nil, err
 	}
 	if m.sb.DetailsRoot, err = m.details.Empty(); err != nil {
-		return err
+		return nil, err
 	}
 	m.changed = true
-	_, err = m.Commit(nil)
-	return formatErr(err, n, o)
+	return m, nil
 }
 
 func formatErr(err error, n uint64, o FormatOptions) error {

@@ -22,7 +22,7 @@ func (v *View) Usage() (map[DevID]Usage, error) {
 	if err != nil {
 		return nil, err
 	}
-	u := usageWalk{r: v.reader(8), nodes: make([]uint8, v.sb.MetaMap.NrBlocks), data: make([]uint8, v.sb.DataMap.NrBlocks)}
+	u := usageWalk{r: v.reader(8), nodes: make([]uint8, v.pool.MetaMap.NrBlocks), data: make([]uint8, v.pool.DataMap.NrBlocks)}
 	roots := make([]block.Loc, len(devs))
 	for i, d := range devs {
 		if roots[i], err = v.root(d.ID); err == nil {

@@ -15,10 +15,11 @@ import (
 // and takes no lock of the metadata while it reads. Safe for concurrent use.
 type View struct {
 	d    dev.Device
-	buf  []byte // superblock
-	sb   Superblock
+	buf  []byte     // superblock of the pool
+	pool Superblock // the same, decoded
+	sb   Superblock // of the state: pool, or the metadata snapshot
 	read btree.Blocks
-	m    *Metadata // nil: nobody else has the pool open
+	m    *Metadata // nil: the view is not of an opened Metadata
 	pin  *spacemap.Pin
 }
 
@@ -27,18 +28,63 @@ type View struct {
 func (m *Metadata) Pin() *View {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	return &View{d: m.d, buf: m.committed, sb: m.csb, read: m.cache, m: m, pin: m.meta.Pin()}
+	return &View{d: m.d, buf: m.committed, pool: m.csb, sb: m.csb, read: m.cache, m: m, pin: m.meta.Pin()}
 }
 
-// Unpin lets go. The view must not be used afterwards; a second call does nothing.
+// Unpin lets go. The view, and what MetadataSnap made of it, must not be used afterwards; a
+// second call does nothing.
 func (v *View) Unpin() {
+	if v.m == nil {
+		return
+	}
 	v.m.mu.Lock()
 	defer v.m.mu.Unlock()
 	v.m.meta.Unpin(v.pin)
 }
 
-// Superblock is the one of the state.
+// viewCacheBytes bounds the cache of a view that OpenView makes.
+const viewCacheBytes = 32 << 20
+
+// OpenView reads the committed state of a pool that nobody writes to, without its space maps:
+// damage there does not matter. The device stays the caller's.
+//
+// A pool that is in use (by a kernel, say) may be viewed only to look at its metadata snapshot,
+// which stands still as long as it is held: MetadataSnap.
+func OpenView(d dev.Device) (*View, error) {
+	buf := make([]byte, block.Size)
+	if err := block.ReadInto(d, buf, superblockAt, block.Superblock); err != nil {
+		return nil, err
+	}
+	sb := DecodeSuperblock(buf)
+	if err := sb.Validate(true); err != nil {
+		return nil, err
+	}
+	return &View{d: d, buf: buf, pool: sb, sb: sb, read: block.NewCache(d, viewCacheBytes)}, nil
+}
+
+// MetadataSnap returns a view of the pool's metadata snapshot; ErrNotFound if none is held. It
+// needs no Unpin of its own.
+func (v *View) MetadataSnap() (*View, error) {
+	if v.pool.HeldRoot == 0 {
+		return nil, fmt.Errorf("metadata snapshot: none is held: %w", ErrNotFound)
+	}
+	b, err := v.read.Read(v.pool.HeldRoot, block.Superblock)
+	if err != nil {
+		return nil, fmt.Errorf("metadata snapshot: %w", err)
+	}
+	s := *v
+	s.sb = DecodeSuperblock(b)
+	if err := s.sb.Validate(true); err != nil {
+		return nil, fmt.Errorf("metadata snapshot: %w", err)
+	}
+	return &s, nil
+}
+
+// Superblock is the one of the state; a metadata snapshot's has no space map roots.
 func (v *View) Superblock() Superblock { return v.sb }
+
+// DataBlockSize is the length of a data block in bytes.
+func (v *View) DataBlockSize() int64 { return int64(v.sb.DataBlockSize) * sectorSize }
 
 func (v *View) reader(size int) btree.Reader {
 	return btree.Reader{Blocks: v.read, ValueSize: size}
@@ -72,4 +118,42 @@ func (v *View) Walk(id DevID, begin VBlock, fn func(Entry) bool) error {
 		return err
 	}
 	return walkMappings(v.reader(8), root, begin, math.MaxUint64, fn)
+}
+
+// HighestMapped returns the last virtual block of a device that is mapped.
+func (v *View) HighestMapped(id DevID) (VBlock, bool, error) {
+	root, err := v.root(id)
+	if err != nil {
+		return 0, false, err
+	}
+	k, ok, err := v.reader(8).Last(root)
+	return VBlock(k), ok, err
+}
+
+// A Listing is what is known of one device.
+type Listing struct {
+	DeviceInfo
+	Usage
+	Highest   VBlock // last virtual block that is mapped, if AnyMapped
+	AnyMapped bool
+}
+
+// Ls lists the devices, by id, with their usage.
+func (v *View) Ls() ([]Listing, error) {
+	devs, err := v.Devices()
+	if err != nil {
+		return nil, err
+	}
+	usage, err := v.Usage()
+	if err != nil {
+		return nil, err
+	}
+	list := make([]Listing, len(devs))
+	for i, d := range devs {
+		list[i] = Listing{DeviceInfo: d, Usage: usage[d.ID]}
+		if list[i].Highest, list[i].AnyMapped, err = v.HighestMapped(d.ID); err != nil {
+			return nil, err
+		}
+	}
+	return list, nil
 }

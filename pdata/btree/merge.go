@@ -13,11 +13,11 @@ type mergeSide struct {
 	i     int       // next entry of leaf
 }
 
-// A pending is a subtree that is not opened yet. No key in it is below key.
+// A pending is a subtree that is not opened yet.
 type pending struct {
-	key    uint64
 	loc    block.Loc
 	height int // levels below this one, by the height of the tree
+	in     bounds
 }
 
 func newMergeSide(r Reader, root block.Loc) (*mergeSide, error) {
@@ -42,7 +42,7 @@ func (s *mergeSide) head() (key uint64, ok bool) {
 		return s.leaf.key(s.i), true
 	}
 	if p := s.node(); p != nil {
-		return p.key, true
+		return p.in.lo, true
 	}
 	return 0, false
 }
@@ -58,6 +58,9 @@ func (s *mergeSide) open() error {
 	if err != nil {
 		return err
 	}
+	if err := p.in.check(n, p.loc); err != nil {
+		return err
+	}
 	if n.leaf() {
 		if n.len() > 0 {
 			s.leaf, s.i = n, 0
@@ -68,7 +71,7 @@ func (s *mergeSide) open() error {
 		return block.Corruptf(p.loc, "internal node at the depth of the leaves")
 	}
 	for i := n.len() - 1; i >= 0; i-- {
-		s.stack = append(s.stack, pending{n.key(i), n.child(i), p.height - 1})
+		s.stack = append(s.stack, pending{n.child(i), p.height - 1, p.in.below(n, i)})
 	}
 	return nil
 }
@@ -106,7 +109,7 @@ func (r Reader) Merge(left, right block.Loc, skipShared bool, fn func(key uint64
 		if ln != nil && rn != nil && ln.loc == rn.loc {
 			if !skipShared {
 				var ferr error
-				if _, err := r.walk(ln.loc, 0, MaxDepth-ln.height, func(k uint64, v []byte) bool {
+				if _, err := r.walk(ln.loc, 0, MaxDepth-ln.height, ln.in, func(k uint64, v []byte) bool {
 					ferr = fn(k, v, v)
 					return ferr == nil
 				}); err != nil || ferr != nil {

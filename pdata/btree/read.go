@@ -48,18 +48,58 @@ func (r Reader) Lookup(root block.Loc, key uint64) ([]byte, bool, error) {
 	return nil, false, block.Corruptf(root, "b-tree deeper than %d", MaxDepth)
 }
 
-// Walk calls fn for every entry with a key >= begin, ascending, until fn returns false.
+// Walk calls fn for every entry with a key >= begin, ascending, until fn returns false. A tree
+// whose keys do not ascend is corrupt; so a walk ends, whatever is on the medium.
 func (r Reader) Walk(root block.Loc, begin uint64, fn func(key uint64, v []byte) bool) error {
-	_, err := r.walk(root, begin, 0, fn)
+	_, err := r.walk(root, begin, 0, bounds{}, fn)
 	return err
 }
 
-func (r Reader) walk(loc block.Loc, begin uint64, depth int, fn func(uint64, []byte) bool) (bool, error) {
+// bounds are the keys that a parent admits below one of its entries: lo and above, below hi if
+// limited. No two entries admit the same key.
+type bounds struct {
+	lo, hi  uint64
+	limited bool
+}
+
+// below is what entry i of n admits.
+func (in bounds) below(n node, i int) bounds {
+	b := bounds{lo: n.key(i), hi: in.hi, limited: in.limited}
+	if i+1 < n.len() {
+		b.hi, b.limited = n.key(i+1), true
+	}
+	return b
+}
+
+// check returns an error unless the keys of n ascend within bounds.
+func (in bounds) check(n node, loc block.Loc) error {
+	l := n.len()
+	if l == 0 {
+		return nil
+	}
+	last := n.key(0)
+	for i := 1; i < l; i++ {
+		k := n.key(i)
+		if k <= last {
+			return block.Corruptf(loc, "key %d follows key %d", k, last)
+		}
+		last = k
+	}
+	if n.key(0) < in.lo || in.limited && last >= in.hi {
+		return block.Corruptf(loc, "keys %d to %d are not what the parent admits", n.key(0), last)
+	}
+	return nil
+}
+
+func (r Reader) walk(loc block.Loc, begin uint64, depth int, in bounds, fn func(uint64, []byte) bool) (bool, error) {
 	if depth > MaxDepth {
 		return false, block.Corruptf(loc, "b-tree deeper than %d", MaxDepth)
 	}
 	n, err := r.node(loc)
 	if err != nil {
+		return false, err
+	}
+	if err := in.check(n, loc); err != nil {
 		return false, err
 	}
 	if n.leaf() {
@@ -72,7 +112,7 @@ func (r Reader) walk(loc block.Loc, begin uint64, depth int, fn func(uint64, []b
 		return true, nil
 	}
 	for i, l := max(n.childFor(begin), 0), n.len(); i < l; i++ {
-		if more, err := r.walk(n.child(i), begin, depth+1, fn); err != nil || !more {
+		if more, err := r.walk(n.child(i), begin, depth+1, in.below(n, i), fn); err != nil || !more {
 			return false, err
 		}
 	}
@@ -99,9 +139,9 @@ func (r Reader) Last(root block.Loc) (key uint64, ok bool, err error) {
 }
 
 // Count returns the number of entries of a tree, reading every node once.
-func (r Reader) Count(root block.Loc) (uint64, error) { return r.count(root, 0) }
+func (r Reader) Count(root block.Loc) (uint64, error) { return r.count(root, 0, bounds{}) }
 
-func (r Reader) count(loc block.Loc, depth int) (uint64, error) {
+func (r Reader) count(loc block.Loc, depth int, in bounds) (uint64, error) {
 	if depth > MaxDepth {
 		return 0, block.Corruptf(loc, "b-tree deeper than %d", MaxDepth)
 	}
@@ -109,12 +149,15 @@ func (r Reader) count(loc block.Loc, depth int) (uint64, error) {
 	if err != nil {
 		return 0, err
 	}
+	if err := in.check(n, loc); err != nil {
+		return 0, err
+	}
 	if n.leaf() {
 		return uint64(n.len()), nil
 	}
 	total := uint64(0)
 	for i := 0; i < n.len(); i++ {
-		c, err := r.count(n.child(i), depth+1)
+		c, err := r.count(n.child(i), depth+1, in.below(n, i))
 		if err != nil {
 			return 0, err
 		}

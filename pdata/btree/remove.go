@@ -147,7 +147,7 @@ func (t *Tree) release(loc block.Loc, depth int, count bool) (uint64, error) {
 		entries := uint64(0)
 		if count {
 			var err error
-			if entries, err = t.r.count(loc, depth); err != nil {
+			if entries, err = t.r.count(loc, depth, bounds{}); err != nil {
 				return 0, err
 			}
 		}

@@ -167,14 +167,16 @@ func (d *Data) Map(b uint64) error {
 	return d.c.Inc(b)
 }
 
-// Claim reserves one given block if it is free: a pool is being rebuilt from a dump.
-func (d *Data) Claim(b uint64) {
+// Refer adds a reference to a block in whatever state it is: a pool is being rebuilt and its
+// mappings say which blocks are used.
+func (d *Data) Refer(b uint64) error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	if b < d.c.Len() && d.c.st[b] == 0 {
 		d.c.st[b] = stReserved
 		d.c.reserved++
 	}
+	return d.c.Inc(b)
 }
 
 // Inc adds a reference to a mapped or reserved block.
