@@ -1,0 +1,252 @@
+package config
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"reflect"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/pelletier/go-toml/v2"
+)
+
+// DefaultFile is read if it exists and no other is named.
+const DefaultFile = "/etc/mica/config.toml"
+
+// Config is the whole file. The zero value is not useful; start from Default.
+type Config struct {
+	Root string `toml:"root" doc:"Directory of the pool (below pool/) and the catalog (catalog.db). The option --root goes before it."`
+	Run  string `toml:"run" doc:"Directory of sockets and of everything that a reboot may delete. The option --run goes before it."`
+
+	API        API        `toml:"api" doc:"The API's socket, RUN/mica.sock."`
+	Log        Log        `toml:"log" doc:"What the daemon writes to standard error."`
+	Pool       Pool       `toml:"pool" doc:"The pool. Sizes and the block size count only when it is made, at the first start."`
+	AutoExtend AutoExtend `toml:"auto_extend" doc:"Growing the pool by itself."`
+	Containers Containers `toml:"containers" doc:"File systems of containers."`
+	Exports    Exports    `toml:"exports" doc:"Block devices of containers."`
+	Limits     Limits     `toml:"limits" doc:"Bounds of what the daemon uses."`
+}
+
+// API is how clients reach the daemon.
+type API struct {
+	Group string `toml:"group" doc:"Group (name or number) that may use the socket, which is then 0660. Empty: only the daemon's user. Whoever may use the socket can mount, read and remove everything."`
+}
+
+// Log is what the daemon logs.
+type Log struct {
+	Level  string `toml:"level" doc:"debug, info, warn or error."`
+	Format string `toml:"format" doc:"text or json."`
+}
+
+// Pool is where the pool is and how it behaves.
+type Pool struct {
+	Data           string   `toml:"data" doc:"Data device: a block device, or a file. Empty: ROOT/pool/data, a sparse file."`
+	Metadata       string   `toml:"metadata" doc:"Metadata device: a block device, or a file. Empty: ROOT/pool/metadata, an allocated file."`
+	Size           Size     `toml:"size" doc:"Size of a new data file. 0: the smaller of 100G and 80 % of the host's free space."`
+	MetadataSize   Size     `toml:"metadata_size" doc:"Size of a new metadata file. 0: 48 bytes for each data block, at least 2M, rounded up."`
+	BlockSize      Size     `toml:"block_size" doc:"Data block of a new pool: a multiple of 64K up to 1G."`
+	NoSpaceTimeout Duration `toml:"no_space_timeout" doc:"How long a write waits for space when the pool is full before it gets ENOSPC."`
+	ErrorIfNoSpace bool     `toml:"error_if_no_space" doc:"Writes get ENOSPC at once when the pool is full."`
+	LowWater       Percent  `toml:"low_water" doc:"Free part of the data space at which the event low_water_mark is sent."`
+	CommitInterval Duration `toml:"commit_interval" doc:"Longest time between commits while something changes."`
+}
+
+// AutoExtend grows the pool.
+type AutoExtend struct {
+	Enabled   bool    `toml:"enabled" doc:"Grow the data file when it fills up. Only for pools in files."`
+	Threshold Percent `toml:"threshold" doc:"Used part of the data space at which it grows."`
+	Step      Percent `toml:"step" doc:"By how much of its size it grows."`
+	Max       Size    `toml:"max" doc:"Largest size that it grows to. 0: as far as the host's file system has room."`
+	HostFree  Percent `toml:"host_free" doc:"Part of the host's file system that must stay free; growing stops there."`
+}
+
+// Containers says what file systems are like.
+type Containers struct {
+	BaseSize     Size     `toml:"base_size" doc:"Size of the base file system, and of containers whose size is not given. Counts when the base is made, at the first start."`
+	FileSystem   string   `toml:"file_system" doc:"ext4 or xfs. Counts when the base is made."`
+	MountOptions []string `toml:"mount_options" doc:"Added to the mount options of every container, such as context=... for SELinux."`
+	Discard      bool     `toml:"discard" doc:"Mount with discard: blocks of deleted files go back to the pool at once."`
+}
+
+// Exports says how devices are exported.
+type Exports struct {
+	LinkDir string `toml:"link_dir" doc:"Directory of the links to the nodes of containers."`
+}
+
+// Limits bound what the daemon uses.
+type Limits struct {
+	Memory        Size     `toml:"memory" doc:"Soft limit of the daemon's memory. 0: 192M, twice the size of the table cache and 2 bytes for each data block."`
+	TableCache    Size     `toml:"table_cache" doc:"Memory for mapping tables of open devices."`
+	MetadataCache Size     `toml:"metadata_cache" doc:"Memory for metadata blocks."`
+	HelperTimeout Duration `toml:"helper_timeout" doc:"Longest time of one mount, freeze or file system check; its process is killed then."`
+	StallTimeout  Duration `toml:"stall_timeout" doc:"An import or a diff in which nothing moves for that long is given up."`
+	Operations    int      `toml:"operations" doc:"Long operations that may run at the same time."`
+	Events        int      `toml:"events" doc:"Events that are kept for clients that come back."`
+}
+
+// Default is what holds without a file.
+func Default() Config {
+	return Config{
+		Root: "/var/lib/mica",
+		Run:  "/run/mica",
+		Log:  Log{Level: "info", Format: "text"},
+		Pool: Pool{
+			BlockSize: 64 << 10, NoSpaceTimeout: Duration(60 * time.Second), LowWater: 10,
+			CommitInterval: Duration(time.Second),
+		},
+		AutoExtend: AutoExtend{Threshold: 80, Step: 20, HostFree: 5},
+		Containers: Containers{BaseSize: 10 << 30, FileSystem: "ext4", Discard: true},
+		Exports:    Exports{LinkDir: "/dev/mica"},
+		Limits: Limits{
+			TableCache: 128 << 20, MetadataCache: 32 << 20,
+			HelperTimeout: Duration(time.Minute), StallTimeout: Duration(5 * time.Minute),
+			Operations: 16, Events: 4096,
+		},
+	}
+}
+
+// Load reads a file over the defaults. An empty path means DefaultFile if it is there; the
+// returned path is the file that was read, empty if none.
+func Load(path string) (Config, string, error) {
+	named := path != ""
+	if !named {
+		path = DefaultFile
+	}
+	b, err := os.ReadFile(path)
+	if !named && errors.Is(err, os.ErrNotExist) {
+		return Default(), "", nil
+	}
+	if err != nil {
+		return Config{}, "", fmt.Errorf("configuration: %w", err)
+	}
+	c, err := Parse(b)
+	if err != nil {
+		return Config{}, "", fmt.Errorf("configuration %s: %w", path, err)
+	}
+	return c, path, nil
+}
+
+// Parse reads the text of a file over the defaults. Keys that do not exist are errors, as are
+// values that cannot be used.
+func Parse(text []byte) (Config, error) {
+	c := Default()
+	d := toml.NewDecoder(bytes.NewReader(text)).DisallowUnknownFields()
+	err := d.Decode(&c)
+	var strict *toml.StrictMissingError
+	var bad *toml.DecodeError
+	switch {
+	case errors.As(err, &strict):
+		return c, fmt.Errorf("unknown keys:\n%s", strict.String())
+	case errors.As(err, &bad):
+		return c, fmt.Errorf("%w\n%s", err, bad.String())
+	case err != nil:
+		return c, err
+	}
+	return c, c.Validate()
+}
+
+// Validate names the first value that cannot be used.
+func (c *Config) Validate() error {
+	if err := validateNumbers(reflect.ValueOf(*c), ""); err != nil {
+		return err
+	}
+	bad := func(key, format string, args ...any) error {
+		return fmt.Errorf("%s: "+format, append([]any{key}, args...)...)
+	}
+	for _, p := range []struct{ key, path string }{
+		{"root", c.Root}, {"run", c.Run}, {"exports.link_dir", c.Exports.LinkDir},
+	} {
+		if !filepath.IsAbs(p.path) {
+			return bad(p.key, "%q is not an absolute path", p.path)
+		}
+	}
+	for _, p := range []struct{ key, path string }{
+		{"pool.data", c.Pool.Data}, {"pool.metadata", c.Pool.Metadata},
+	} {
+		if p.path != "" && !filepath.IsAbs(p.path) {
+			return bad(p.key, "%q is not an absolute path", p.path)
+		}
+	}
+	if (c.Pool.Data == "") != (c.Pool.Metadata == "") {
+		return bad("pool", "data and metadata go together: set both or none")
+	}
+	const minBlock, maxBlock = 64 << 10, 1 << 30
+	if b := c.Pool.BlockSize; b < minBlock || b > maxBlock || b%minBlock != 0 {
+		return bad("pool.block_size", "%d bytes is not a multiple of 64K from 64K to 1G", b)
+	}
+	if s := c.Pool.Size; s != 0 && s < c.Pool.BlockSize {
+		return bad("pool.size", "%s is less than one block of %s", s, c.Pool.BlockSize)
+	}
+	if !slices.Contains([]string{"ext4", "xfs"}, c.Containers.FileSystem) {
+		return bad("containers.file_system", "%q is neither ext4 nor xfs", c.Containers.FileSystem)
+	}
+	if c.Containers.BaseSize < 16<<20 {
+		return bad("containers.base_size", "%s is less than 16M", c.Containers.BaseSize)
+	}
+	for _, o := range c.Containers.MountOptions {
+		if o == "" || strings.ContainsAny(o, " \t\n") {
+			return bad("containers.mount_options", "%q is not a mount option", o)
+		}
+	}
+	if !slices.Contains([]string{"debug", "info", "warn", "error"}, c.Log.Level) {
+		return bad("log.level", "%q is none of debug, info, warn, error", c.Log.Level)
+	}
+	if !slices.Contains([]string{"text", "json"}, c.Log.Format) {
+		return bad("log.format", "%q is neither text nor json", c.Log.Format)
+	}
+	if c.AutoExtend.Enabled && (c.AutoExtend.Threshold == 0 || c.AutoExtend.Threshold == 100) {
+		return bad("auto_extend.threshold", "%s: want 1%% to 99%%", c.AutoExtend.Threshold)
+	}
+	if c.AutoExtend.Enabled && c.AutoExtend.Step == 0 {
+		return bad("auto_extend.step", "0%%: want 1%% to 100%%")
+	}
+	if c.Limits.Operations < 1 || c.Limits.Operations > 1000 {
+		return bad("limits.operations", "%d: want 1 to 1000", c.Limits.Operations)
+	}
+	if c.Limits.Events < 16 || c.Limits.Events > 1<<20 {
+		return bad("limits.events", "%d: want 16 to 1048576", c.Limits.Events)
+	}
+	if m := c.Limits.Memory; m != 0 && m < 64<<20 {
+		return bad("limits.memory", "%s is less than 64M", m)
+	}
+	if c.Limits.HelperTimeout < Duration(time.Second) {
+		return bad("limits.helper_timeout", "%s is less than 1s", c.Limits.HelperTimeout)
+	}
+	if c.Limits.StallTimeout < Duration(time.Second) {
+		return bad("limits.stall_timeout", "%s is less than 1s", c.Limits.StallTimeout)
+	}
+	return nil
+}
+
+// validateNumbers checks what the types' text forms check, for values written as integers, which
+// do not pass through them.
+func validateNumbers(v reflect.Value, prefix string) error {
+	for i := range v.NumField() {
+		key := prefix + v.Type().Field(i).Tag.Get("toml")
+		switch x := v.Field(i).Interface().(type) {
+		case Size:
+			if x < 0 {
+				return fmt.Errorf("%s: %d is not a size", key, int64(x))
+			}
+		case Percent:
+			if x < 0 || x > 100 {
+				return fmt.Errorf("%s: %d is not a percentage from 0 to 100", key, int(x))
+			}
+		case Duration:
+			if x < 0 || x%Duration(time.Millisecond) != 0 {
+				return fmt.Errorf("%s: duration %d: want a number with a unit, such as \"90s\"", key, int64(x))
+			}
+		default:
+			if v.Field(i).Kind() == reflect.Struct {
+				if err := validateNumbers(v.Field(i), key+"."); err != nil {
+					return err
+				}
+			}
+		}
+	}
+	return nil
+}
