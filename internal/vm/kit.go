@@ -136,13 +136,14 @@ func (k *kit) writeInitramfs(ctx context.Context, file string, c Config) error {
 	return os.WriteFile(file, buf.Bytes(), 0o644)
 }
 
-// build runs `go build -o out pkg` or `go test -c -o out pkg` for the guest: static, stripped.
+// build runs `go build -o out pkg` or `go test -c -o out pkg` for the guest: static, stripped,
+// with the build tag guest, by which tests that need the guest's kernel are told apart.
 func build(ctx context.Context, out, verb, pkg string) error {
 	args := []string{verb}
 	if verb == "test" {
 		args = append(args, "-c")
 	}
-	cmd := exec.CommandContext(ctx, "go", append(args, "-trimpath", "-ldflags=-s -w", "-o", out, pkg)...)
+	cmd := exec.CommandContext(ctx, "go", append(args, "-tags=guest", "-trimpath", "-ldflags=-s -w", "-o", out, pkg)...)
 	cmd.Env = append(os.Environ(), "CGO_ENABLED=0", "GOOS=linux", "GOARCH=amd64", "GOFLAGS=")
 	if text, err := cmd.CombinedOutput(); err != nil {
 		return fmt.Errorf("go %s %s: %w\n%s", verb, pkg, err, text)

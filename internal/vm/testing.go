@@ -81,8 +81,10 @@ func (m *Machine) Input(t testing.TB, stdin []byte, args ...string) []byte {
 	return res.Stdout
 }
 
-// BuildTo compiles a main package for the guest into a file, for use outside a test.
+// BuildTo and BuildTestTo compile into a file, for use outside a test.
 func BuildTo(ctx context.Context, out, pkg string) error { return build(ctx, out, "build", pkg) }
+
+func BuildTestTo(ctx context.Context, out, pkg string) error { return build(ctx, out, "test", pkg) }
 
 var skipped atomic.Int64
 

@@ -77,10 +77,14 @@ func newRig() (*rig, error) {
 	if err := vm.BuildTo(ctx, program, "mica/internal/cmd/kernelops"); err != nil {
 		return nil, err
 	}
+	dmTest := filepath.Join(dir, "dmioctl.test")
+	if err := vm.BuildTestTo(ctx, dmTest, "mica/internal/dmioctl"); err != nil {
+		return nil, err
+	}
 	r.m, err = vm.Boot(ctx, vm.Config{
 		Disks:   []vm.Disk{{Path: r.data}, {Path: r.meta}},
 		Modules: []string{"dm-thin-pool"},
-		Files:   map[string]string{"/bin/kernelops": program},
+		Files:   map[string]string{"/bin/kernelops": program, "/bin/dmioctl.test": dmTest},
 		CPUs:    2,
 	})
 	if err != nil {
