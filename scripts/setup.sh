@@ -22,7 +22,8 @@ packages='
 build    ca-certificates          /etc/ssl/certs/ca-certificates.crt   fetching Go modules
 runtime  e2fsprogs                /sbin/mkfs.ext4                      ext4 in thin devices
 runtime  xfsprogs                 /sbin/mkfs.xfs                       xfs in thin devices
-runtime  util-linux               /bin/mount                           mount, blkid, fsfreeze
+runtime  mount                    /bin/mount                           mount, losetup
+runtime  util-linux               /sbin/blkid                          blkid, fsfreeze, unshare
 runtime  mmdebstrap               /usr/bin/mmdebstrap                  the image of the demo
 runtime  thin-provisioning-tools  /usr/sbin/thin_check                 an independent check of every pool
 runtime  jq                       /usr/bin/jq                          reading --json in scripts
