@@ -225,7 +225,7 @@ func (c *tclient) do(flags, cmd uint16, off uint64, n uint32, data []byte) ([]by
 	var chunks []chunk
 	var out []byte
 	covered := 0
-	if cmd == 0 {
+	if cmd == 0 && n <= 64<<20 { // longer ones must be refused
 		out = make([]byte, n)
 	}
 	var failed error

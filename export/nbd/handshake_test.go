@@ -370,3 +370,10 @@ func set(name string, queries ...string) func(c *tclient) ([]optReply, error) {
 func isReset(err error) bool {
 	return errors.Is(err, syscall.ECONNRESET) || errors.Is(err, syscall.EPIPE)
 }
+
+// fakeTCP is a listener that claims to be on the network.
+type fakeTCP struct{}
+
+func (fakeTCP) Accept() (net.Conn, error) { return nil, net.ErrClosed }
+func (fakeTCP) Close() error              { return nil }
+func (fakeTCP) Addr() net.Addr            { return &net.TCPAddr{} }
