@@ -30,6 +30,12 @@ type HostByter interface {
 	HostBytes() (int64, error)
 }
 
+// A DiscardZeroer says whether a range that Discard has taken reads as zeros from then on, which
+// the contract of Discarder does not promise. The answer does not change.
+type DiscardZeroer interface {
+	DiscardZeroes() bool
+}
+
 // CheckRead returns how many of n bytes at off a read of a device of size bytes may transfer,
 // and io.EOF with a smaller count when it reaches past the end.
 func CheckRead(off int64, n int, size int64) (int, error) {

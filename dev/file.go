@@ -170,6 +170,9 @@ func (f *File) Discard(off, n int64) error {
 	return f.punch(off, n)
 }
 
+// DiscardZeroes: a punched hole reads as zeros.
+func (f *File) DiscardZeroes() bool { return true }
+
 func (f *File) punch(off, n int64) error {
 	if n == 0 {
 		return nil

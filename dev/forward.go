@@ -47,3 +47,8 @@ func (f forward) HostBytes() (int64, error) {
 	}
 	return 0, fmt.Errorf("host bytes: %w", ErrUnsupported)
 }
+
+func (f forward) DiscardZeroes() bool {
+	d, ok := f.Device.(DiscardZeroer)
+	return ok && d.DiscardZeroes()
+}

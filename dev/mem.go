@@ -125,6 +125,9 @@ func (m *Mem) Flush() error {
 // Discard makes the range read as zeros.
 func (m *Mem) Discard(off, n int64) error { return m.WriteZeroes(off, n, false) }
 
+// DiscardZeroes is true.
+func (m *Mem) DiscardZeroes() bool { return true }
+
 func (m *Mem) WriteZeroes(off, n int64, keepAllocated bool) error {
 	if !m.busy.enter() {
 		return ErrClosed

@@ -1,0 +1,207 @@
+package user
+
+import (
+	"fmt"
+	"math/bits"
+	"slices"
+
+	"mica/thin"
+)
+
+// applyBatch bounds the mappings that enter a tree under one lock of the metadata.
+const applyBatch = 256
+
+// record makes val (a packed mapping, or absent) the entry of vb and part of the open pending
+// set. The caller holds a writer's token and vb's stripe, has admitted the change, and the
+// content of the new data block is complete. It reports false if the leaf was evicted: the
+// caller takes it again and repeats.
+//
+// This is the one place where mappings change; whatever must know each change before it is
+// acknowledged (a journal that outlives the process) belongs here, before the entry is stored.
+func (d *device) record(l *leaf, vb thin.VBlock, val uint64) bool {
+	l.mu.Lock()
+	if l.dead {
+		l.mu.Unlock()
+		return false
+	}
+	i := uint64(vb) % leafBlocks
+	old := l.entries[i].Load()
+	again := l.pend[i/64]&(1<<(i%64)) != 0
+	if !again {
+		l.pend[i/64] |= 1 << (i % 64)
+		l.npend++
+	}
+	if again && old != absent || !l.listed {
+		d.dirtyMu.Lock()
+		if again && old != absent {
+			// Superseded before any tree knew it: it was never more than reserved.
+			d.dropped = append(d.dropped, thin.UnpackMapping(old).Block)
+		}
+		if !l.listed {
+			l.listed = true
+			d.dirty = append(d.dirty, l)
+		}
+		if !d.enlisted {
+			d.enlisted = true
+			d.p.enlist(d)
+		}
+		d.dirtyMu.Unlock()
+	}
+	l.entries[i].Store(val)
+	l.mu.Unlock()
+
+	switch {
+	case old == absent && val != absent:
+		d.mapped.Add(1)
+	case old != absent && val == absent:
+		d.mapped.Add(-1)
+	}
+	if again {
+		d.p.unadmit(1)
+	}
+	// After the entry: a flush that sees an older number began before this change was done.
+	d.noteChange()
+	return true
+}
+
+// noteChange notes that the device has changes in the open generation, or in an older one.
+func (d *device) noteChange() {
+	g := d.p.commits.open.Load()
+	for {
+		old := d.changed.Load()
+		if old >= g || d.changed.CompareAndSwap(old, g) {
+			break
+		}
+	}
+	d.p.wakeCommitLoop()
+}
+
+// A pendingSet is what one device's table held that its tree did not.
+type pendingSet struct {
+	d       *device
+	leaves  []*leaf
+	entries []pendingEntry // ascending
+	dropped []thin.DataBlock
+}
+
+type pendingEntry struct {
+	vb  thin.VBlock
+	val uint64
+}
+
+// takePending closes the device's pending set. Its leaves stay in memory until the set is
+// applied.
+func (d *device) takePending() *pendingSet {
+	s := &pendingSet{d: d}
+	d.dirtyMu.Lock()
+	s.leaves, d.dirty = d.dirty, nil
+	s.dropped, d.dropped = d.dropped, nil
+	d.enlisted = false
+	d.dirtyMu.Unlock()
+	slices.SortFunc(s.leaves, func(a, b *leaf) int {
+		if a.index < b.index {
+			return -1
+		}
+		return 1
+	})
+	for _, l := range s.leaves {
+		l.mu.Lock()
+		l.listed = false
+		l.closing++
+		for w, set := range l.pend {
+			for ; set != 0; set &= set - 1 {
+				i := uint64(w*64 + bits.TrailingZeros64(set))
+				s.entries = append(s.entries, pendingEntry{thin.VBlock(l.index*leafBlocks + i), l.entries[i].Load()})
+			}
+			l.pend[w] = 0
+		}
+		l.npend = 0
+		l.mu.Unlock()
+	}
+	return s
+}
+
+// apply puts a closed set into the device's tree, in the open transaction. An error leaves the
+// metadata unusable for changes.
+func (s *pendingSet) apply() error {
+	m := s.d.p.meta
+	var batch []thin.Entry
+	flush := func() error {
+		if len(batch) == 0 {
+			return nil
+		}
+		err := m.Insert(s.d.id, batch)
+		batch = batch[:0]
+		return err
+	}
+	var err error
+	for i := 0; i < len(s.entries) && err == nil; {
+		e := s.entries[i]
+		if e.val != absent {
+			batch = append(batch, thin.Entry{VBlock: e.vb, Mapping: thin.UnpackMapping(e.val)})
+			if len(batch) == applyBatch {
+				err = flush()
+			}
+			i++
+			continue
+		}
+		j := i + 1
+		for j < len(s.entries) && s.entries[j].val == absent && s.entries[j].vb == e.vb+thin.VBlock(j-i) {
+			j++
+		}
+		next, end, done := e.vb, e.vb+thin.VBlock(j-i), false
+		for !done && err == nil {
+			_, next, done, err = m.Remove(s.d.id, next, end, applyBatch)
+		}
+		i = j
+	}
+	if err == nil {
+		err = flush()
+	}
+	if err != nil {
+		// The leaves stay pinned: they are the only place that knows these mappings.
+		return fmt.Errorf("thin %d: apply %d pending mappings: %w", s.d.id, len(s.entries), err)
+	}
+	for _, l := range s.leaves {
+		l.mu.Lock()
+		l.closing--
+		l.mu.Unlock()
+	}
+	s.d.p.unadmit(len(s.entries))
+	return nil
+}
+
+// applyLocked brings the tree of a device up to date with its table. Superseded blocks wait for
+// the next commit. The caller holds applyMu.
+func (p *Pool) applyLocked(d *device) error {
+	s := d.takePending()
+	p.dropped = append(p.dropped, s.dropped...)
+	if len(s.leaves) == 0 {
+		return nil
+	}
+	if err := s.apply(); err != nil {
+		return p.fail(err)
+	}
+	return nil
+}
+
+// applyAllLocked does so for every device that has something pending. The caller holds applyMu.
+func (p *Pool) applyAllLocked() error {
+	p.dirtyMu.Lock()
+	list := p.dirtyDevs
+	p.dirtyDevs = nil
+	p.dirtyMu.Unlock()
+	for _, d := range list {
+		if err := p.applyLocked(d); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// enlist notes that a device has something pending.
+func (p *Pool) enlist(d *device) {
+	p.dirtyMu.Lock()
+	defer p.dirtyMu.Unlock()
+	p.dirtyDevs = append(p.dirtyDevs, d)
+}
