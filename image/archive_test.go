@@ -40,10 +40,12 @@ func (b *builder) check(want string, o Options) {
 	b.t.Helper()
 	b.finish()
 	ways := map[string]func() (*Archive, error){
-		"directory":   func() (*Archive, error) { return Open(bg, b.dir(), o) },
-		"tar file":    func() (*Archive, error) { return Open(bg, b.file(), o) },
-		"tar stream":  func() (*Archive, error) { return OpenStream(bg, bytes.NewReader(b.tar()), o) },
-		"gzip stream": func() (*Archive, error) { return OpenStream(bg, bytes.NewReader(compressWith(b.t, "gzip", b.tar())), o) },
+		"directory":  func() (*Archive, error) { return Open(bg, b.dir(), o) },
+		"tar file":   func() (*Archive, error) { return Open(bg, b.file(), o) },
+		"tar stream": func() (*Archive, error) { return OpenStream(bg, bytes.NewReader(b.tar()), o) },
+		"gzip stream": func() (*Archive, error) {
+			return OpenStream(bg, bytes.NewReader(compressWith(b.t, "gzip", b.tar())), o)
+		},
 		"zstd file": func() (*Archive, error) {
 			p := filepath.Join(b.t.TempDir(), "a.tar.zst")
 			if err := os.WriteFile(p, compressWith(b.t, "zstd", b.tar()), 0o644); err != nil {
@@ -120,7 +122,9 @@ func TestArchives(t *testing.T) {
 			s.platform = host
 			b.add(b.nested(b.withPlatform(arm6), b.withPlatform(s)), "x:1")
 		}, Options{}, fmt.Sprintf("[x:1] %s [/bin/%s] [one two]", host, host)},
-		{"nested, arm v7 asked", func(b *builder) { b.add(b.nested(b.withPlatform(two), b.withPlatform(arm6), b.withPlatform(arm)), "x:1") },
+		{"nested, arm v7 asked", func(b *builder) {
+			b.add(b.nested(b.withPlatform(two), b.withPlatform(arm6), b.withPlatform(arm)), "x:1")
+		},
 			Options{Platform: Platform{OS: "linux", Arch: "arm", Variant: "v7"}}, "[x:1] linux/arm/v7 [/bin/linux/arm/v7] [one arm]"},
 		{"nested, older arm will do", func(b *builder) { b.add(b.nested(b.withPlatform(two), b.withPlatform(arm6)), "x:1") },
 			Options{Platform: Platform{OS: "linux", Arch: "arm", Variant: "v7"}}, "[x:1] linux/arm/v6 [/bin/linux/arm/v6] [arm6]"},

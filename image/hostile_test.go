@@ -67,8 +67,12 @@ func TestBrokenArchives(t *testing.T) {
 		{"layer missing", func(b *builder) { manifestOf(b, func(m *ocispec.Manifest) { delete(b.files, file(m.Layers[1])) }) }, ErrInvalid, "layer 2 of 2: blob sha256:"},
 		{"layer size", func(b *builder) { manifestOf(b, func(m *ocispec.Manifest) { m.Layers[0].Size-- }) }, ErrInvalid, "layer 1 of 2: blob sha256:"},
 		{"layer media type", func(b *builder) { manifestOf(b, func(m *ocispec.Manifest) { m.Layers[0].MediaType += "+encrypted" }) }, ErrInvalid, "is not a layer"},
-		{"digest with a path", func(b *builder) { manifestOf(b, func(m *ocispec.Manifest) { m.Layers[0].Digest = "sha256:../../etc/passwd" }) }, ErrInvalid, `digest "sha256:../../etc/passwd"`},
-		{"unknown algorithm", func(b *builder) { manifestOf(b, func(m *ocispec.Manifest) { m.Layers[0].Digest = "md5:d41d8cd98f00b204e9800998ecf8427e" }) }, ErrInvalid, "digest"},
+		{"digest with a path", func(b *builder) {
+			manifestOf(b, func(m *ocispec.Manifest) { m.Layers[0].Digest = "sha256:../../etc/passwd" })
+		}, ErrInvalid, `digest "sha256:../../etc/passwd"`},
+		{"unknown algorithm", func(b *builder) {
+			manifestOf(b, func(m *ocispec.Manifest) { m.Layers[0].Digest = "md5:d41d8cd98f00b204e9800998ecf8427e" })
+		}, ErrInvalid, "digest"},
 		{"layer not compressed as said", func(b *builder) {
 			manifestOf(b, func(m *ocispec.Manifest) { m.Layers[0].MediaType = ocispec.MediaTypeImageLayerZstd })
 		}, ErrInvalid, "but the content is gzip"},
