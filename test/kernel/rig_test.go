@@ -85,7 +85,7 @@ func newRig() (*rig, error) {
 		Disks:   []vm.Disk{{Path: r.data}, {Path: r.meta}},
 		Modules: []string{"dm-thin-pool"},
 		Files:   map[string]string{"/bin/kernelops": program, "/bin/dmioctl.test": dmTest},
-		CPUs:    2,
+		CPUs:    1,
 	})
 	if err != nil {
 		os.RemoveAll(dir)
