@@ -53,8 +53,8 @@ func newConn(e *export, t terms, l link, workers int, log *slog.Logger) *conn {
 // It returns when nothing of the connection is left in flight; nil after an orderly end.
 func (c *conn) run() error {
 	err := c.readRequests()
-	if err == nil {
-		err = c.flush()
+	if ferr := c.flush(); err == nil { // what was served is answered, however this ends
+		err = ferr
 	}
 	c.w.wait()
 	c.out.reset()
