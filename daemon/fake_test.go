@@ -376,11 +376,20 @@ func (s *fakeStore) Diff(ctx context.Context, name string, w io.Writer, o layer.
 	if _, err := s.Container(ctx, name); err != nil {
 		return "", err
 	}
-	if s.diff != nil {
-		return layer.LevelCrash, s.diff(w)
+	s.mu.Lock()
+	diff := s.diff
+	s.mu.Unlock()
+	if diff != nil {
+		return layer.LevelCrash, diff(w)
 	}
 	_, err := io.WriteString(w, "a tar")
 	return layer.LevelFileSystem, err
+}
+
+func (s *fakeStore) setDiff(f func(io.Writer) error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.diff = f
 }
 
 func (s *fakeStore) Resize(_ context.Context, name string, n int64) (layer.Container, error) {

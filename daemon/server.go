@@ -24,8 +24,8 @@ type parts struct {
 	store layer.API
 	pool  engine.Pool
 	// importFile and importStream bring an image into the store and tell op how far they are.
-	importFile   func(ctx context.Context, op *operation, file string, p api.ImportParams) (layer.Image, error)
-	importStream func(ctx context.Context, op *operation, r io.Reader, p api.ImportParams) (layer.Image, error)
+	importFile   func(ctx context.Context, op *operation, file string, p api.ImportParams) (api.ImportResult, error)
+	importStream func(ctx context.Context, op *operation, r io.Reader, p api.ImportParams) (api.ImportResult, error)
 	// check looks through the pool's metadata as of its last commit. Nil: it cannot be done.
 	check func(ctx context.Context, op *operation) (api.CheckResult, error)
 	// busy says who uses a node ("mounted on /mnt"), empty if nobody does.

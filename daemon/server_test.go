@@ -19,6 +19,7 @@ import (
 
 	"mica/daemon/api"
 	"mica/layer"
+	"mica/thin"
 )
 
 // bench is a server over fakes.
@@ -38,24 +39,24 @@ func newBench(t *testing.T) *bench {
 	ops := newOperations(4, h)
 	b.s = newServer(parts{
 		store: b.store, pool: b.pool,
-		importFile: func(ctx context.Context, op *operation, file string, p api.ImportParams) (layer.Image, error) {
+		importFile: func(ctx context.Context, op *operation, file string, p api.ImportParams) (api.ImportResult, error) {
 			if file == "/missing" {
-				return layer.Image{}, fmt.Errorf("open %s: %w", file, os.ErrNotExist)
+				return api.ImportResult{}, fmt.Errorf("open %s: %w", file, os.ErrNotExist)
 			}
 			return b.importFake(op, p, 10)
 		},
-		importStream: func(ctx context.Context, op *operation, r io.Reader, p api.ImportParams) (layer.Image, error) {
+		importStream: func(ctx context.Context, op *operation, r io.Reader, p api.ImportParams) (api.ImportResult, error) {
 			body, err := io.ReadAll(r)
 			if err != nil {
-				return layer.Image{}, err
+				return api.ImportResult{}, err
 			}
 			if string(body) == "bad digest" {
-				return layer.Image{}, fmt.Errorf("layer 1: %w", layer.ErrDigest)
+				return api.ImportResult{}, fmt.Errorf("layer 1: %w", layer.ErrDigest)
 			}
 			return b.importFake(op, p, int64(len(body)))
 		},
 		check: func(context.Context, *operation) (api.CheckResult, error) {
-			return api.CheckResult{Clean: true, Findings: []string{}, Devices: 3, MappedBlocks: 100}, nil
+			return api.CheckResult{Clean: true, Report: thin.Report{Devices: 3, Mappings: 100}}, nil
 		},
 		busy:         func(string) []string { return b.store.busy["web"] },
 		describe:     func(st *api.Status) { st.Version, st.Root, st.Run = "test", "/root", "/run" },
@@ -76,7 +77,7 @@ func newBench(t *testing.T) *bench {
 	return b
 }
 
-func (b *bench) importFake(op *operation, p api.ImportParams, n int64) (layer.Image, error) {
+func (b *bench) importFake(op *operation, p api.ImportParams, n int64) (api.ImportResult, error) {
 	st := op.step("layer sha256:ee", "bytes", n)
 	st.set(n, n)
 	name := p.Name
@@ -88,7 +89,7 @@ func (b *bench) importFake(op *operation, p api.ImportParams, n int64) (layer.Im
 	b.store.mu.Lock()
 	defer b.store.mu.Unlock()
 	b.store.images[name] = i
-	return i, nil
+	return api.ImportResult{Images: []api.Imported{{Image: i, NewLayers: 1}}}, nil
 }
 
 // call makes one request. The answer is checked against the OpenAPI page.
@@ -175,7 +176,7 @@ func TestEndpoints(t *testing.T) {
 			{"GET", "/v1/layers", "", 200, map[string]string{"items.0.chain_id": "sha256:aa"}},
 		}},
 		{"import of a file", nil, []step{
-			{"POST", "/v1/images?wait=10s&operation=op1", `{"file":"/a.tar","name":"a:1"}`, 200, map[string]string{"state": "done", "result.name": "a:1", "id": "op1", "steps.0.done": "10"}},
+			{"POST", "/v1/images?wait=10s&operation=op1", `{"file":"/a.tar","name":"a:1"}`, 200, map[string]string{"state": "done", "result.images.0.name": "a:1", "id": "op1", "steps.0.done": "10"}},
 			{"POST", "/v1/images?wait=10s&operation=op1", `{"file":"/a.tar","name":"a:1"}`, 200, map[string]string{"state": "done", "id": "op1"}},
 			{"POST", "/v1/images?operation=op1", `{"file":"/b.tar","name":"a:1"}`, 409, map[string]string{"code": "exists", "name": "op1"}},
 			{"POST", "/v1/images?wait=10s", `{"file":"/missing"}`, 500, map[string]string{"code": "internal", "message": "open /missing: file does not exist"}},
@@ -348,7 +349,7 @@ func cut(s string) string {
 func TestImportStream(t *testing.T) {
 	b := newBench(t)
 	status, body := b.callType("POST", "/v1/images?name=a:1&label=k%3Dv&operation=up1", api.MediaOctets, "an archive")
-	if status != 200 || field(t, body, "result.name") != "a:1" || field(t, body, "result.labels.k") != "v" {
+	if status != 200 || field(t, body, "result.images.0.name") != "a:1" || field(t, body, "result.images.0.labels.k") != "v" {
 		t.Errorf("status %d: %s", status, body)
 	}
 	status, body = b.callType("POST", "/v1/images?name=a:1&label=k%3Dv&operation=up1", api.MediaOctets, "an archive")
@@ -477,15 +478,15 @@ func TestDiff(t *testing.T) {
 	if err != nil || body != "a tar" || resp.Header.Get("Content-Type") != api.MediaTar || resp.Trailer.Get(api.TrailerLevel) != "file-system" {
 		t.Errorf("%q, %v, trailer %v", body, err, resp.Trailer)
 	}
-	b.store.diff = func(io.Writer) error { return fmt.Errorf("web: %w", layer.ErrGuestOwned) }
+	b.store.setDiff(func(io.Writer) error { return fmt.Errorf("web: %w", layer.ErrGuestOwned) })
 	if resp, body, _ = get(); resp.StatusCode != 409 || field(t, body, "code") != "guest_owned" {
 		t.Errorf("error before the first byte: %d %s", resp.StatusCode, body)
 	}
-	b.store.diff = func(w io.Writer) error { io.WriteString(w, "half"); return errors.New("the disk went away") }
+	b.store.setDiff(func(w io.Writer) error { io.WriteString(w, "half"); return errors.New("the disk went away") })
 	if resp, body, err = get(); err == nil {
 		t.Errorf("error on the way: the body %q ends in order, trailer %v", body, resp.Trailer)
 	}
-	b.store.diff = func(w io.Writer) error { return nil }
+	b.store.setDiff(func(w io.Writer) error { return nil })
 	if resp, body, err = get(); err != nil || body != "" || resp.Trailer.Get(api.TrailerLevel) != "crash" {
 		t.Errorf("empty diff: %q %v trailer %v", body, err, resp.Trailer)
 	}
@@ -696,8 +697,8 @@ func FuzzBody(f *testing.F) {
 		ops := newOperations(1, h)
 		s := newServer(parts{store: newFakeStore(), pool: newFakePool(), busy: func(string) []string { return nil },
 			describe: func(*api.Status) {}, describePool: func(*api.Pool) {}, quit: func() {},
-			importFile: func(context.Context, *operation, string, api.ImportParams) (layer.Image, error) {
-				return layer.Image{}, layer.ErrInvalid
+			importFile: func(context.Context, *operation, string, api.ImportParams) (api.ImportResult, error) {
+				return api.ImportResult{}, layer.ErrInvalid
 			},
 		}, h, ops, quiet)
 		path := strings.NewReplacer("{name}", "web", "{container}", "web").Replace(rt.path)

@@ -6,6 +6,7 @@ import (
 
 	"mica/engine"
 	"mica/layer"
+	"mica/thin"
 )
 
 // A List is one page of a listing. Next is the cursor of the next page, empty on the last one.
@@ -80,11 +81,20 @@ type TrimResult struct {
 
 // A CheckResult is the result of a check of the pool as of its last commit.
 type CheckResult struct {
-	Clean    bool     `json:"clean"`
-	Findings []string `json:"findings"`
-	// Devices and MappedBlocks are what was looked at.
-	Devices      int    `json:"devices"`
-	MappedBlocks uint64 `json:"mapped_blocks"`
+	Clean bool `json:"clean"` // nothing but warnings
+	thin.Report
+}
+
+// An ImportResult is the result of an import: the images of the archive.
+type ImportResult struct {
+	Images []Imported `json:"images"`
+}
+
+// Imported is one image that an import brought in.
+type Imported struct {
+	layer.Image
+	NewLayers int  `json:"new_layers"` // that the store did not have
+	Existed   bool `json:"existed"`    // the name stood for this very image already
 }
 
 // Pool is the daemon's pool.

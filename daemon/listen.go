@@ -1,0 +1,74 @@
+package daemon
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"os/user"
+	"path/filepath"
+	"strconv"
+	"syscall"
+
+	"golang.org/x/sys/unix"
+
+	"mica/daemon/api"
+)
+
+// longestSocket is what fits into a sockaddr_un with a final zero byte.
+const longestSocket = 107
+
+// listen makes the API's socket: 0600, or 0660 for a group. RUN is locked, so a socket that is
+// there belongs to nobody.
+func listen(run, group string) (net.Listener, error) {
+	path := filepath.Join(run, api.SocketName)
+	if len(path) > longestSocket {
+		return nil, fmt.Errorf("socket %s: path of %d bytes, at most %d: choose a shorter --run", path, len(path), longestSocket)
+	}
+	mode, gid := os.FileMode(0o600), -1
+	if group != "" {
+		var err error
+		if gid, err = groupID(group); err != nil {
+			return nil, err
+		}
+		mode = 0o660
+	}
+	if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return nil, err
+	}
+	// The mode of the descriptor at bind is the mode of the file, so that it never is more.
+	lc := net.ListenConfig{Control: func(_, _ string, c syscall.RawConn) error {
+		var err error
+		if cerr := c.Control(func(fd uintptr) { err = unix.Fchmod(int(fd), 0o600) }); cerr != nil {
+			return cerr
+		}
+		return err
+	}}
+	l, err := lc.Listen(context.Background(), "unix", path)
+	if err != nil {
+		return nil, err
+	}
+	if gid >= 0 {
+		err = os.Chown(path, -1, gid)
+	}
+	if err == nil {
+		err = os.Chmod(path, mode)
+	}
+	if err != nil {
+		l.Close()
+		return nil, err
+	}
+	return l, nil
+}
+
+func groupID(group string) (int, error) {
+	if n, err := strconv.ParseUint(group, 10, 31); err == nil {
+		return int(n), nil
+	}
+	g, err := user.LookupGroup(group)
+	if err != nil {
+		return 0, fmt.Errorf("api.group: there is no group %q", group)
+	}
+	return strconv.Atoi(g.Gid)
+}
