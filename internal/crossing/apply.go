@@ -122,6 +122,8 @@ func (r *Runner) run(o Op) error {
 		return nil
 	case Discard:
 		return t.Discard(o.Off, o.Len)
+	case Zero:
+		return t.WriteZeroes(o.Off, o.Len)
 	case Flush:
 		return t.Flush()
 	}

@@ -46,6 +46,11 @@ func (t memThin) ReadAt(b []byte, off int64) (int, error)  { return copy(b, t.p.
 func (t memThin) WriteAt(b []byte, off int64) (int, error) { return copy(t.p.devs[t.id][off:], b), nil }
 func (t memThin) Flush() error                             { return nil }
 func (t memThin) Close() error                             { return nil }
+func (t memThin) WriteZeroes(off, n int64) error {
+	clear(t.p.devs[t.id][off : off+n])
+	return nil
+}
+
 func (t memThin) Discard(off, n int64) error {
 	first, last := (off+t.p.block-1)/t.p.block, (off+n)/t.p.block
 	if first < last {
@@ -91,7 +96,7 @@ func TestScriptsCoverEverything(t *testing.T) {
 	for _, o := range NewGenerator(m, 1, 1<<20).Script(1000) {
 		kinds[o.Kind]++
 	}
-	for _, k := range []string{CreateThin, CreateSnap, Delete, Write, Discard, Flush, Commit, SetTransaction, Reserve, Release, Reopen} {
+	for _, k := range []string{CreateThin, CreateSnap, Delete, Write, Discard, Zero, Flush, Commit, SetTransaction, Reserve, Release, Reopen} {
 		if kinds[k] < 3 {
 			t.Errorf("%s %d times in 1000 operations", k, kinds[k])
 		}

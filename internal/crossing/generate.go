@@ -76,7 +76,10 @@ func (g *Generator) op() Op {
 			n = min(n+g.Model.BlockBytes, d.SizeBytes-off)
 		}
 		return Op{Kind: Discard, Dev: dev, Off: off, Len: n}
-	case x < 50: // whole blocks
+	case x < 43:
+		off, n := g.extent(d, 6*g.Model.BlockBytes)
+		return Op{Kind: Zero, Dev: dev, Off: off, Len: n}
+	case x < 52: // whole blocks
 		b := g.rng.Int64N(d.SizeBytes / g.Model.BlockBytes)
 		n := min(1+g.rng.Int64N(3), d.SizeBytes/g.Model.BlockBytes-b)
 		return Op{Kind: Write, Dev: dev, Off: b * g.Model.BlockBytes, Len: n * g.Model.BlockBytes, Seed: g.Seed()}

@@ -63,7 +63,7 @@ func (m *Model) apply(o Op) error {
 		if d != nil {
 			return fmt.Errorf("device exists")
 		}
-	case Delete, Write, Scatter, Discard, Flush:
+	case Delete, Write, Scatter, Discard, Zero, Flush:
 		if d == nil {
 			return fmt.Errorf("no such device")
 		}
@@ -80,6 +80,9 @@ func (m *Model) apply(o Op) error {
 	case Delete:
 		delete(m.Devices, o.Dev)
 	case Write:
+		if o.Seed == 0 {
+			return fmt.Errorf("a write needs a seed")
+		}
 		return m.write(d, o.Off, o.Len, o.Seed)
 	case Scatter:
 		for i := int64(0); i < o.Count; i++ {
@@ -96,6 +99,8 @@ func (m *Model) apply(o Op) error {
 			delete(d.Mapped, b)
 			clear(d.Seeds[b*m.BlockBytes/SectorSize : (b+1)*m.BlockBytes/SectorSize])
 		}
+	case Zero: // mapped as the kernel does it: it writes zeros
+		return m.write(d, o.Off, o.Len, 0)
 	case SetTransaction:
 		if m.TransactionID != o.Old {
 			return fmt.Errorf("transaction id is %d", m.TransactionID)
@@ -115,7 +120,7 @@ func (m *Model) apply(o Op) error {
 }
 
 func (m *Model) write(d *Device, off, n int64, seed uint32) error {
-	if off < 0 || n <= 0 || off%SectorSize != 0 || n%SectorSize != 0 || off+n > d.SizeBytes || seed == 0 {
+	if off < 0 || n <= 0 || off%SectorSize != 0 || n%SectorSize != 0 || off+n > d.SizeBytes {
 		return fmt.Errorf("write [%d, +%d) seed %d to a device of %d bytes", off, n, seed, d.SizeBytes)
 	}
 	for s := off / SectorSize; s < (off+n)/SectorSize; s++ {

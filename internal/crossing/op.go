@@ -20,6 +20,7 @@ const (
 	Write          = "write"                  // Dev, Off, Len, Seed
 	Scatter        = "scatter"                // Dev, Off, Len, Stride, Count, Seed: Count writes of Len bytes, Stride apart
 	Discard        = "discard"                // Dev, Off, Len: whole blocks inside are unmapped, the rest stays
+	Zero           = "write_zeroes"           // Dev, Off, Len: reads as zeros; whole blocks may be unmapped
 	Flush          = "flush"                  // Dev
 	Commit         = "commit"                 //
 	SetTransaction = "set_transaction_id"     // Old, New
@@ -51,7 +52,7 @@ func (o Op) String() string {
 		return fmt.Sprintf("%s %d of %d bytes", o.Kind, o.Dev, o.Size)
 	case CreateSnap:
 		return fmt.Sprintf("%s %d %d", o.Kind, o.Dev, o.Origin)
-	case Write, Discard:
+	case Write, Discard, Zero:
 		return fmt.Sprintf("%s %d [%d, +%d) seed %d", o.Kind, o.Dev, o.Off, o.Len, o.Seed)
 	case Scatter:
 		return fmt.Sprintf("%s %d %d times [%d, +%d) every %d seed %d", o.Kind, o.Dev, o.Count, o.Off, o.Len, o.Stride, o.Seed)
@@ -85,5 +86,6 @@ type Thin interface {
 	io.WriterAt
 	Flush() error
 	Discard(off, n int64) error
+	WriteZeroes(off, n int64) error
 	Close() error
 }

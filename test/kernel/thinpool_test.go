@@ -190,6 +190,11 @@ func (d *thinDevice) writeBlock(b []byte, vb thin.VBlock, in int64) error {
 	return p.meta.Insert(d.id, []thin.Entry{{VBlock: vb, Mapping: thin.Mapping{Block: run.Begin, Time: p.meta.Time()}}})
 }
 
+func (d *thinDevice) WriteZeroes(off, n int64) error {
+	_, err := d.WriteAt(make([]byte, n), off)
+	return err
+}
+
 func (d *thinDevice) Discard(off, n int64) error {
 	begin := thin.VBlock((off + d.p.blockBytes - 1) / d.p.blockBytes)
 	end := thin.VBlock((off + n) / d.p.blockBytes)

@@ -91,7 +91,14 @@ func (p *userPool) GrowMetadata(sizeBytes int64) error {
 }
 
 func (p *userPool) Open(id uint32, sizeBytes int64) (crossing.Thin, error) {
-	var t engine.Thin
 	t, err := p.pool.Open(context.Background(), thin.DevID(id), engine.OpenOptions{SizeBytes: sizeBytes})
-	return t, err
+	if err != nil {
+		return nil, err
+	}
+	return userDevice{t}, nil
 }
+
+// A userDevice gives blocks back where it can when zeros are written.
+type userDevice struct{ engine.Thin }
+
+func (d userDevice) WriteZeroes(off, n int64) error { return d.Thin.WriteZeroes(off, n, false) }

@@ -150,4 +150,5 @@ func (t *dmThin) ReadAt(b []byte, off int64) (int, error)  { return t.f.ReadAt(b
 func (t *dmThin) WriteAt(b []byte, off int64) (int, error) { return t.f.WriteAt(b, off) }
 func (t *dmThin) Flush() error                             { return t.f.Sync() }
 func (t *dmThin) Close() error                             { return t.f.Close() }
-func (t *dmThin) Discard(off, n int64) error               { return discard(t.f, off, n) }
+func (t *dmThin) Discard(off, n int64) error               { return rangeIoctl(t.f, unix.BLKDISCARD, off, n) }
+func (t *dmThin) WriteZeroes(off, n int64) error           { return rangeIoctl(t.f, unix.BLKZEROOUT, off, n) }
