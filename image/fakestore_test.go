@@ -25,6 +25,7 @@ type fakeStore struct {
 	failAfter int64                           // ApplyLayer fails after so many bytes, if above zero
 	failName  string                          // Commit of this name fails
 	onApply   func(s layer.LayerSpec)         // called when ApplyLayer begins
+	straggle  bool                            // after failAfter somebody goes on reading for a while
 	lazy      bool                            // breaks the contract: does not read to the end
 	onRead    func(chain string, bytes int64) // called after every read
 }
@@ -150,6 +151,9 @@ func (f *fakeImport) ApplyLayer(ctx context.Context, spec layer.LayerSpec, r io.
 			s.onRead(spec.ChainID, int64(b.Len()))
 		}
 		if s.failAfter > 0 && int64(b.Len()) >= s.failAfter {
+			if s.straggle {
+				go io.Copy(io.Discard, r)
+			}
 			return layer.Layer{}, errors.New("fake store: pool is full")
 		}
 		if err == io.EOF || s.lazy {

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"slices"
+	"sync/atomic"
 	"time"
 
 	"mica/layer"
@@ -238,36 +239,39 @@ func (j *job) applyLayer(ctx context.Context, parent string, l Layer, report fun
 	report(StateApplying, 0)
 	pr := &progressReader{r: r, report: func() { report(StateApplying, r.stored()) }, next: time.Now().Add(progressEvery)}
 	_, err = j.session.ApplyLayer(ctx, layer.LayerSpec{ParentChain: parent, ChainID: string(l.ChainID), DiffID: string(l.DiffID)}, pr)
+	pr.ended.Store(true)
+	n, rerr := r.result()
 	if err != nil {
 		switch {
-		case r.err == nil || r.verified() || ctx.Err() != nil:
+		case rerr == nil || rerr == io.EOF || ctx.Err() != nil:
 			return false, fmt.Errorf("%s: %w", l.what, err)
-		case errors.Is(err, r.err): // it names the layer
+		case errors.Is(err, rerr): // it names the layer
 			return false, err
 		}
 		// The reader's reason says more than what the store made of it.
-		return false, fmt.Errorf("%w (%w)", r.err, err)
+		return false, fmt.Errorf("%w (%w)", rerr, err)
 	}
-	if pr.read && !r.verified() {
-		return false, fmt.Errorf("%s: the store took it without reading it to its end (%d bytes uncompressed so far)", l.what, r.n)
+	if pr.read.Load() && rerr != io.EOF {
+		return false, fmt.Errorf("%s: the store took it without reading it to its end (%d bytes uncompressed so far)", l.what, n)
 	}
 	report(StateDone, l.Size)
-	return pr.read, nil
+	return pr.read.Load(), nil
 }
 
 const progressEvery = 200 * time.Millisecond
 
-// progressReader reports between reads.
+// progressReader reports between reads, until it ended.
 type progressReader struct {
 	r      io.Reader
-	read   bool
+	read   atomic.Bool
+	ended  atomic.Bool
 	report func()
 	next   time.Time
 }
 
 func (p *progressReader) Read(b []byte) (int, error) {
-	p.read = true
-	if now := time.Now(); now.After(p.next) {
+	p.read.Store(true)
+	if now := time.Now(); now.After(p.next) && !p.ended.Load() {
 		p.next = now.Add(progressEvery)
 		p.report()
 	}

@@ -156,6 +156,7 @@ func TestImportFailures(t *testing.T) {
 	}{
 		{"digest of the top layer", broken, func(*fakeStore, func()) {}, ErrDigest, `import "x:1": apply layer: layer 3 of 3: digest sha256:`},
 		{"store full", good, func(s *fakeStore, _ func()) { s.failAfter = 18_000 }, nil, `import "x:1": layer 2 of 3: fake store: pool is full`},
+		{"store full, and reads on", good, func(s *fakeStore, _ func()) { s.failAfter, s.straggle = 18_000, true }, nil, "fake store: pool is full"},
 		{"last commit fails", good, func(s *fakeStore, _ func()) { s.failName = "y:1" }, nil, `import "y:1": fake store: commit fails`},
 		{"cancelled in the first layer", good, func(s *fakeStore, cancel func()) {
 			s.onRead = func(string, int64) { cancel() }

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"sync"
 	"sync/atomic"
 
 	"github.com/opencontainers/go-digest"
@@ -57,17 +58,19 @@ func orPlain(kind string) string {
 	return kind
 }
 
-// layerReader is the checking reader of one layer. One goroutine reads; stored may be called by
-// others.
+// layerReader is the checking reader of one layer. A store that fails may leave a Read behind
+// that has not returned, so everything may be called at any time.
 type layerReader struct {
-	ctx   context.Context
-	l     Layer
-	file  io.Closer
-	raw   rawReader
+	ctx  context.Context
+	l    Layer
+	file io.Closer
+	raw  rawReader
+
+	mu    sync.Mutex // held over a Read, which waits for nothing but the archive's file
 	plain io.ReadCloser
 	diff  digest.Digester
-	n     int64 // uncompressed bytes so far
-	err   error // final
+	n     int64 // uncompressed bytes so far; guarded by mu
+	err   error // final; guarded by mu
 }
 
 // rawReader counts and hashes what is stored, and turns an early end into an error.
@@ -94,10 +97,17 @@ func (r *rawReader) Read(p []byte) (int, error) {
 // stored is how many bytes of the stored layer were read.
 func (r *layerReader) stored() int64 { return r.raw.n.Load() }
 
-// verified says whether the end was reached and everything was right.
-func (r *layerReader) verified() bool { return r.err == io.EOF }
+// result returns how many uncompressed bytes were read, and what ended the reading: nil if it
+// has not ended, io.EOF if all of it was right.
+func (r *layerReader) result() (int64, error) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.n, r.err
+}
 
 func (r *layerReader) Read(p []byte) (int, error) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
 	if r.err != nil {
 		return 0, r.err
 	}
@@ -156,6 +166,8 @@ func (r *layerReader) blame(err error) error {
 }
 
 func (r *layerReader) Close() error {
+	r.mu.Lock()
+	defer r.mu.Unlock()
 	if r.err == nil {
 		r.err = fs.ErrClosed
 	}
