@@ -28,6 +28,8 @@ type device struct {
 	// writer holds a token.
 	snapTime atomic.Uint32
 	mapped   atomic.Int64  // mapped blocks, pending ones included
+	created  uint32        // the pool's time when the device was made; see own.go
+	own      atomic.Int64  // change of the device's own blocks since it was opened
 	changed  atomic.Uint64 // newest generation that may hold a change of this device
 	waiting  atomic.Int32  // writes that wait for space
 
@@ -92,7 +94,7 @@ func (p *Pool) open(id thin.DevID, o engine.OpenOptions) (*Thin, error) {
 		return nil, fmt.Errorf("it is open already: %w", engine.ErrInUse)
 	}
 	if d == nil {
-		d = &device{p: p, id: id}
+		d = &device{p: p, id: id, created: det.CreationTime}
 		d.r.init()
 		d.w.init()
 		d.snapTime.Store(det.SnapshottedTime)

@@ -50,6 +50,7 @@ func (d *device) record(l *leaf, vb thin.VBlock, val uint64) bool {
 	l.entries[i].Store(val)
 	l.mu.Unlock()
 
+	d.noteOwn(old, val)
 	switch {
 	case old == absent && val != absent:
 		d.mapped.Add(1)
