@@ -190,8 +190,8 @@ func (m *Metadata) ReserveMetadataSnap() error {
 	if m.changed {
 		return fmt.Errorf("reserve metadata snapshot: there are uncommitted changes")
 	}
-	if !m.canAdmitLocked(1, true) {
-		return fmt.Errorf("reserve metadata snapshot: %w", ErrNoMetaSpace)
+	if err := m.admitLocked("reserve metadata snapshot", 1, true, true); err != nil {
+		return err
 	}
 	m.changed = true
 	loc, buf, err := m.tm.Alloc(block.Superblock)
@@ -227,6 +227,9 @@ func (m *Metadata) ReleaseMetadataSnap() error {
 		return fmt.Errorf("release metadata snapshot: %w", err)
 	}
 	cp := DecodeSuperblock(buf)
+	if need := m.releaseCostLocked(); !m.fitsLocked(need, true) {
+		return fmt.Errorf("release metadata snapshot: %d metadata blocks free, up to %d needed: %w", m.meta.Free(), need, ErrNoMetaSpace)
+	}
 	m.changed = true
 	if err := m.top.Release(cp.MappingRoot); err != nil {
 		return m.failLocked(fmt.Errorf("release metadata snapshot: %w", err))

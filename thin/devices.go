@@ -29,11 +29,12 @@ func (m *Metadata) addLocked(id DevID, d *device) error {
 		return err
 	}
 	m.devs[id] = d
+	m.mapped += d.MappedBlocks
 	m.dirty[id] = struct{}{}
 	return nil
 }
 
-func (m *Metadata) newDeviceLocked(what string, id DevID) error {
+func (m *Metadata) newDeviceLocked(what string, id DevID, sharing bool) error {
 	if err := m.writableLocked(); err != nil {
 		return err
 	}
@@ -43,17 +44,14 @@ func (m *Metadata) newDeviceLocked(what string, id DevID) error {
 	if m.devs[id] != nil {
 		return fmt.Errorf("%s: device id %d %w", what, id, ErrExists)
 	}
-	if !m.canAdmitLocked(1, false) {
-		return fmt.Errorf("%s: %d metadata blocks free: %w", what, m.meta.Free(), ErrNoMetaSpace)
-	}
-	return nil
+	return m.admitLocked(what, 1, sharing, false)
 }
 
 // CreateThin makes an empty device.
 func (m *Metadata) CreateThin(id DevID) error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if err := m.newDeviceLocked(fmt.Sprintf("create thin %d", id), id); err != nil {
+	if err := m.newDeviceLocked(fmt.Sprintf("create thin %d", id), id, false); err != nil {
 		return err
 	}
 	m.changed = true
@@ -82,7 +80,7 @@ func (m *Metadata) CreateSnap(id, origin DevID) error {
 	if err != nil {
 		return fmt.Errorf("create snapshot %d: %w", id, err)
 	}
-	if err := m.newDeviceLocked(what, id); err != nil {
+	if err := m.newDeviceLocked(what, id, true); err != nil {
 		return err
 	}
 	t := m.sb.Time
@@ -117,8 +115,11 @@ func (m *Metadata) CreateSnap(id, origin DevID) error {
 	return nil
 }
 
-// DeleteStep removes a bounded part of a device: all of it, if its tree is small or shared, else
-// one subtree. Until done is true the device is there with fewer mappings, and every state in
+// deleteLeaves bounds the work of a step of DeleteStep, in nodes of the mapping tree.
+const deleteLeaves = 256
+
+// DeleteStep removes a bounded part of a device: all of it if few nodes of its tree are its own,
+// else the end of it, less when metadata blocks are short. Until done is true the device is there with fewer mappings, and every state in
 // between may be committed.
 func (m *Metadata) DeleteStep(id DevID) (done bool, err error) {
 	m.mu.Lock()
@@ -130,19 +131,22 @@ func (m *Metadata) DeleteStep(id DevID) (done bool, err error) {
 	if err != nil {
 		return false, fmt.Errorf("delete: %w", err)
 	}
-	if !m.canAdmitLocked(1, true) {
-		return false, fmt.Errorf("delete thin %d: %d metadata blocks free: %w", id, m.meta.Free(), ErrNoMetaSpace)
+	budget := deleteLeaves
+	for !m.fitsLocked(m.deleteCostLocked(budget), true) {
+		if budget /= 4; budget == 0 {
+			return false, fmt.Errorf("delete thin %d: %d metadata blocks free: %w", id, m.meta.Free(), ErrNoMetaSpace)
+		}
 	}
 	m.changed = true
 	if m.sb.MappingRoot, err = m.top.Touch(m.sb.MappingRoot, uint64(id)); err != nil {
 		return false, m.failLocked(fmt.Errorf("delete thin %d: %w", id, err))
 	}
-	root, gone, done, err := m.bottom.ReleaseStep(d.root)
+	root, gone, done, err := m.bottom.ReleaseStep(d.root, budget)
 	if err != nil {
 		return false, m.failLocked(fmt.Errorf("delete thin %d: %w", id, err))
 	}
 	if !done {
-		d.MappedBlocks -= min(gone, d.MappedBlocks)
+		m.unmappedLocked(d, gone)
 		m.dirty[id] = struct{}{}
 		if err := m.setRootLocked(id, d, root); err != nil {
 			return false, m.failLocked(fmt.Errorf("delete thin %d: %w", id, err))
@@ -156,9 +160,17 @@ func (m *Metadata) DeleteStep(id DevID) (done bool, err error) {
 	if err != nil {
 		return false, m.failLocked(fmt.Errorf("delete thin %d: %w", id, err))
 	}
+	m.unmappedLocked(d, d.MappedBlocks)
 	delete(m.devs, id)
 	delete(m.dirty, id)
 	return true, nil
+}
+
+// unmappedLocked notes that n mappings of a device have gone.
+func (m *Metadata) unmappedLocked(d *device, n uint64) {
+	n = min(n, d.MappedBlocks)
+	d.MappedBlocks -= n
+	m.mapped -= n
 }
 
 // setRootLocked stores a device's new root, whose entry has been touched in this transaction.

@@ -106,6 +106,8 @@ func (m *Metadata) Insert(id DevID, entries []Entry) error {
 		return m.failLocked(fmt.Errorf("thin %d: insert %d mappings at %d: %w", id, len(entries), entries[0].VBlock, err))
 	}
 	d.MappedBlocks += uint64(inserted)
+	m.mapped += uint64(inserted)
+	m.redeemLocked(len(entries))
 	m.dirty[id] = struct{}{}
 	return nil
 }
@@ -126,7 +128,8 @@ func (m *Metadata) Remove(id DevID, begin, end VBlock, limit int) (removed int, 
 	if err != nil {
 		return removed, VBlock(n), false, m.failLocked(fmt.Errorf("thin %d: unmap blocks [%d, %d): %w", id, begin, end, err))
 	}
-	d.MappedBlocks -= min(uint64(removed), d.MappedBlocks)
+	m.unmappedLocked(d, uint64(removed))
+	m.redeemLocked(removed)
 	if removed > 0 {
 		m.dirty[id] = struct{}{}
 	}
@@ -145,30 +148,3 @@ func (m *Metadata) UnreserveData(r DataRun) { m.data.Unreserve(uint64(r.Begin), 
 
 // ReleaseData makes blocks free that a commit has returned as freed.
 func (m *Metadata) ReleaseData(r DataRun) { m.data.Thaw(uint64(r.Begin), r.Len) }
-
-// CanAdmit reports whether n changes of mappings that are not in the trees yet could be
-// committed in the worst case. Deletes and discards may use the reserve.
-func (m *Metadata) CanAdmit(n int, reserve bool) bool {
-	m.mu.RLock()
-	defer m.mu.RUnlock()
-	return m.canAdmitLocked(n, reserve)
-}
-
-// treeHeight bounds the levels of a mapping tree: 84^4 leaves of 84 entries are 4 * 10^9.
-const treeHeight = 5
-
-func (m *Metadata) canAdmitLocked(n int, reserve bool) bool {
-	leaf := uint64(btree.MaxEntries(8))
-	ops := uint64(n)
-	// Nodes of the mapping trees, the top level and the details: a path each, plus splits, but
-	// never more than all there are and the new ones.
-	trees := min(ops*(treeHeight+3), m.meta.Used()+3*ops/(leaf/3)+2*treeHeight) + 2*treeHeight
-	// Copying a shared internal node may raise the counts of all its children beyond 2.
-	unshared := 3 * min(ops, m.meta.Used()/(leaf/3)+1)
-	need := trees + unshared + m.data.Cost(ops, leaf) + m.meta.Cost()
-	free := m.meta.Free()
-	if !reserve {
-		free -= min(free, m.reserveLocked())
-	}
-	return free >= need
-}

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"sync"
+	"sync/atomic"
 
 	"mica/dev"
 	"mica/pdata/block"
@@ -39,6 +40,7 @@ type Metadata struct {
 	details *btree.Tree
 	sb      Superblock // of the open transaction
 	devs    map[DevID]*device
+	mapped  uint64             // mappings of all devices
 	dirty   map[DevID]struct{} // devices whose details differ from the details tree
 	changed bool               // the open transaction differs from the last closed one
 	failed  error              // why changes are refused
@@ -46,6 +48,8 @@ type Metadata struct {
 	commitMu  sync.Mutex
 	committed []byte     // superblock block as it is on the medium; guarded by commitMu for writing, mu for the pointer
 	csb       Superblock // decoded committed; guarded by mu
+
+	promised atomic.Int64 // changes of mappings that CanAdmit has said yes to
 
 	readOnly bool
 }
@@ -190,7 +194,9 @@ func Open(d dev.Device, o OpenOptions) (*Metadata, error) {
 	}
 	if err := m.details.Walk(m.sb.DetailsRoot, 0, func(k uint64, v []byte) bool {
 		if root, ok := roots[DevID(k)]; ok {
-			m.devs[DevID(k)] = &device{Details: decodeDetails(v), root: root}
+			d := &device{Details: decodeDetails(v), root: root}
+			m.devs[DevID(k)] = d
+			m.mapped += d.MappedBlocks
 		}
 		return true
 	}); err != nil {

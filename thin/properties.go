@@ -127,11 +127,11 @@ func (m *Metadata) GrowData(blocks uint64) error {
 	if m.sb.Flags&flagNeedsCheck != 0 {
 		return fmt.Errorf("grow the data device: %w", ErrNeedsCheck)
 	}
-	// A new bitmap needs its own block, its share of the index tree, and what Finish needs.
+	// A new bitmap needs its own block and its share of the index tree.
 	more := (blocks - have + spacemap.EntriesPerBitmap - 1) / spacemap.EntriesPerBitmap
-	if need := more + more/28 + 8 + m.meta.Cost(); m.meta.Free() < need {
-		return fmt.Errorf("grow the data device from %d to %d blocks: %d metadata blocks free, %d needed: %w",
-			have, blocks, m.meta.Free(), need, ErrNoMetaSpace)
+	what := fmt.Sprintf("grow the data device from %d to %d blocks", have, blocks)
+	if err := m.admitLocked(what, more+more/28+8, false, true); err != nil {
+		return err
 	}
 	if blocks > have {
 		m.data.Grow(blocks)

@@ -50,17 +50,8 @@ func (t *Tree) removeRun(root block.Loc, key, end uint64, limit int) (block.Loc,
 	if err != nil {
 		return 0, 0, err
 	}
-	for !n.leaf() && n.len() == 1 { // the root has one child left: that becomes the root
-		child := n.child(0)
-		if err := t.tm.Dec(nl); err != nil {
-			return 0, 0, err
-		}
-		nl = child
-		if n, err = t.r.node(child); err != nil {
-			return 0, 0, err
-		}
-	}
-	return nl, removed, nil
+	nl, _, err = t.collapse(nl, n)
+	return nl, removed, err
 }
 
 func (t *Tree) removeAt(loc block.Loc, key, end uint64, limit, depth int) (block.Loc, node, int, error) {
@@ -129,82 +120,4 @@ func (t *Tree) refill(n node, i int) error {
 	}
 	n.setKey(i+1, right.key(0))
 	return nil
-}
-
-// Release drops the caller's reference on a whole tree: what nobody else refers to is freed.
-func (t *Tree) Release(root block.Loc) error {
-	_, err := t.release(root, 0, false)
-	return err
-}
-
-// release returns the number of entries that were in the tree, if count asks for it also below
-// nodes that others go on using.
-func (t *Tree) release(loc block.Loc, depth int, count bool) (uint64, error) {
-	if depth > MaxDepth {
-		return 0, block.Corruptf(loc, "b-tree deeper than %d", MaxDepth)
-	}
-	if t.tm.Count(loc) > 1 {
-		entries := uint64(0)
-		if count {
-			var err error
-			if entries, err = t.r.count(loc, depth, bounds{}); err != nil {
-				return 0, err
-			}
-		}
-		return entries, t.tm.Dec(loc)
-	}
-	n, err := t.r.node(loc)
-	if err != nil {
-		return 0, err
-	}
-	entries := uint64(0)
-	for i, l := 0, n.len(); i < l; i++ {
-		if n.leaf() {
-			entries++
-			err = t.decValue(n.value(i))
-		} else {
-			var e uint64
-			e, err = t.release(n.child(i), depth+1, count)
-			entries += e
-		}
-		if err != nil {
-			return 0, err
-		}
-	}
-	return entries, t.tm.Dec(loc)
-}
-
-// ReleaseStep drops a bounded part of a tree that nobody will read again: all of it if it is
-// shared or has at most two levels, else the last subtree of the root. It returns the root that
-// is left, and how many entries went; with done the tree is gone (entries is then what was
-// left, unless the root was shared).
-func (t *Tree) ReleaseStep(root block.Loc) (newRoot block.Loc, entries uint64, done bool, err error) {
-	if t.tm.Count(root) > 1 {
-		return 0, 0, true, t.tm.Dec(root)
-	}
-	h, err := t.r.height(root)
-	if err != nil {
-		return 0, 0, false, err
-	}
-	if h <= 2 {
-		entries, err = t.release(root, 0, false)
-		return 0, entries, true, err
-	}
-	nl, n, err := t.shadow(root)
-	if err != nil {
-		return 0, 0, false, err
-	}
-	last := n.len() - 1
-	if entries, err = t.release(n.child(last), 1, true); err != nil {
-		return 0, 0, false, err
-	}
-	n.truncate(last)
-	switch last {
-	case 0:
-		return 0, entries, true, t.tm.Dec(nl)
-	case 1:
-		child := n.child(0)
-		return child, entries, false, t.tm.Dec(nl)
-	}
-	return nl, entries, false, nil
 }

@@ -44,6 +44,7 @@ type Counts struct {
 	dirtyBitmaps  map[uint64]struct{} // bitmaps that differ from the medium
 	dirtyOverflow map[uint64]struct{} // blocks whose overflow entry may differ
 	overflowed    uint64              // blocks with a count of 3 and more
+	shared        uint64              // blocks with a count of 2 and more
 }
 
 func newCounts(name string) Counts {
@@ -93,8 +94,20 @@ func (c *Counts) load(b uint64, n uint32) {
 		c.mapped++
 		c.st[b] |= stMapped
 	}
+	c.census(was, n)
+}
+
+// census keeps the numbers of blocks with high counts.
+func (c *Counts) census(was, n uint32) {
 	if was < 3 && n >= 3 {
 		c.overflowed++
+	} else if was >= 3 && n < 3 {
+		c.overflowed--
+	}
+	if was < 2 && n >= 2 {
+		c.shared++
+	} else if was >= 2 && n < 2 {
+		c.shared--
 	}
 }
 
@@ -107,11 +120,7 @@ func (c *Counts) change(b uint64, was, n uint32) {
 	if was >= 3 || n >= 3 {
 		c.dirtyOverflow[b] = struct{}{}
 	}
-	if was < 3 && n >= 3 {
-		c.overflowed++
-	} else if was >= 3 && n < 3 {
-		c.overflowed--
-	}
+	c.census(was, n)
 }
 
 func (c *Counts) corrupt(b uint64, what string) error {

@@ -267,15 +267,16 @@ func (d *Data) Space() DataSpace {
 	return DataSpace{d.c.Len(), d.c.mapped, d.c.reserved, d.c.frozen}
 }
 
-// Cost bounds the metadata blocks that Finish needs for ops more changes of mappings, each of
-// which may copy a shared leaf and so change the counts of leafEntries other blocks.
-func (d *Data) Cost(ops, leafEntries uint64) uint64 {
+// Cost bounds the metadata blocks that Finish needs if the counts of changed more blocks change.
+func (d *Data) Cost(changed uint64) uint64 { return d.cost(changed, 0) }
+
+// LowerCost bounds the same if the counts of lowered more blocks go down.
+func (d *Data) LowerCost(lowered uint64) uint64 { return d.cost(0, lowered) }
+
+func (d *Data) cost(raised, lowered uint64) uint64 {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	changed := ops*(leafEntries+1) + uint64(len(d.c.dirtyOverflow))
-	bitmaps := min(changed+uint64(len(d.c.dirtyBitmaps)), uint64(len(d.index)))
-	perLeaf := uint64(btree.MaxEntries(IndexEntrySize) / 3)
-	indexNodes := min(4*bitmaps, uint64(len(d.index))/perLeaf*2+4)
-	overflow := min(6*changed, d.c.overflowNodes()*2+changed/uint64(btree.MaxEntries(overflowSize)/3)+4)
-	return bitmaps + indexNodes + overflow
+	n := uint64(len(d.index))
+	bitmaps := min(raised+lowered+uint64(len(d.c.dirtyBitmaps)), n)
+	return bitmaps + btree.MaxNew(n, bitmaps, IndexEntrySize) + d.c.overflowCost(raised, lowered)
 }

@@ -227,5 +227,12 @@ func (m *Meta) Free() uint64 { return m.c.Free() }
 // Used is the number of blocks with a count above 0.
 func (m *Meta) Used() uint64 { return m.c.mapped }
 
-// Cost bounds the blocks that Finish itself can need.
-func (m *Meta) Cost() uint64 { return uint64(len(m.index)) + 1 + m.c.overflowNodes() }
+// Shared is the number of blocks with more than one reference.
+func (m *Meta) Shared() uint64 { return m.c.shared }
+
+// Cost bounds the blocks that Finish itself needs if the counts of raised more blocks go up
+// beyond 1, and of lowered more go down: all bitmaps, the index block, what changes of the
+// overflow tree.
+func (m *Meta) Cost(raised, lowered uint64) uint64 {
+	return uint64(len(m.index)) + 1 + m.c.overflowCost(raised, lowered)
+}

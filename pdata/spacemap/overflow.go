@@ -63,7 +63,11 @@ func (c *Counts) loadOverflow(r btree.Reader, root block.Loc, want []uint64) err
 	return bad
 }
 
-// overflowNodes bounds the number of nodes that the overflow tree can have.
-func (c *Counts) overflowNodes() uint64 {
-	return c.overflowed/uint64(btree.MaxEntries(overflowSize)/3) + 2
+// overflowCost bounds the new nodes of the overflow tree if the counts of raised more blocks go
+// up and of lowered more go down, by any steps.
+func (c *Counts) overflowCost(raised, lowered uint64) uint64 {
+	open := uint64(len(c.dirtyOverflow)) // may be in the tree, may get in
+	entries := min(c.overflowed+open+raised, c.Len())
+	touched := min(raised+lowered+open, c.Len())
+	return btree.MaxNew(entries, touched, overflowSize)
 }
