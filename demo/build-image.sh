@@ -42,7 +42,7 @@ mirror=$(apt-get indextargets --format '$(RELEASE) $(COMPONENT) $(REPO_URI)' 'Cr
 case $mirror in
 mirror+file:*) mirror=$(awk '$1 ~ /^https?:/ { print $1; exit }' "${mirror#mirror+file:}") ;;
 esac
-mirror=${mirror:-http://deb.debian.org/debian}
+[ -n "$mirror" ] || die "apt has no source for $suite main on this machine"
 proxy=()
 for scheme in http https; do
 	p=$(apt-config dump --format '%v' "Acquire::$scheme::Proxy" 2>/dev/null || true)
