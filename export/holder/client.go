@@ -201,6 +201,8 @@ func StartHolder(ctx context.Context, argv ...string) error {
 	defer ready.Close()
 	cmd := exec.Command(argv[0], argv[1:]...)
 	cmd.Dir = "/"
+	// One thread will do, and the runtime must not keep files of the cgroup open.
+	cmd.Env = append(os.Environ(), "GOMAXPROCS=1", "GODEBUG=containermaxprocs=0,updatemaxprocs=0")
 	cmd.ExtraFiles = []*os.File{child}
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
 	err = cmd.Start()

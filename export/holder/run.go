@@ -10,6 +10,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"sync"
 	"time"
 
@@ -57,10 +58,8 @@ func run(ctx context.Context, socket string, idle time.Duration, process bool) e
 		return fmt.Errorf("holder: %w", err)
 	}
 	defer lock.Close()
-	if err := unix.Flock(int(lock.Fd()), unix.LOCK_EX|unix.LOCK_NB); err == unix.EWOULDBLOCK {
-		return nil
-	} else if err != nil {
-		return fmt.Errorf("holder: lock %s: %w", lock.Name(), err)
+	if mine, err := lockOrFind(ctx, lock, socket); !mine {
+		return err
 	}
 	// The lock is ours, so a socket that is there belongs to nobody.
 	if err := os.Remove(socket); err != nil && !os.IsNotExist(err) {
@@ -98,6 +97,33 @@ func run(ctx context.Context, socket string, idle time.Duration, process bool) e
 	return nil
 }
 
+// lockOrFind takes the lock, or finds that another holder answers on the socket. One that has the
+// lock and does not answer is starting or ending: it is waited for.
+func lockOrFind(ctx context.Context, lock *os.File, socket string) (mine bool, err error) {
+	deadline := time.Now().Add(answerTime / 2)
+	for {
+		err := unix.Flock(int(lock.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+		if err == nil {
+			return true, nil
+		}
+		if err != unix.EWOULDBLOCK && err != unix.EINTR {
+			return false, fmt.Errorf("holder: lock %s: %w", lock.Name(), err)
+		}
+		if c, err := net.DialUnix("unixpacket", nil, &net.UnixAddr{Name: socket, Net: "unixpacket"}); err == nil {
+			c.Close()
+			return false, nil
+		}
+		if time.Now().After(deadline) {
+			return false, fmt.Errorf("holder: %s is locked by a process that does not answer", lock.Name())
+		}
+		select {
+		case <-ctx.Done():
+			return false, ctx.Err()
+		case <-time.After(5 * time.Millisecond):
+		}
+	}
+}
+
 // detach lets go of everything that this process got from its parent. Closing the inherited
 // descriptors tells Start that the socket is there.
 func detach() error {
@@ -122,15 +148,20 @@ func detach() error {
 	if err != nil {
 		return fmt.Errorf("holder: %w", err)
 	}
+	var inherited []int
 	for _, f := range fds {
-		var fd int
-		if _, err := fmt.Sscan(f.Name(), &fd); err != nil || fd < 3 {
+		fd, err := strconv.Atoi(f.Name())
+		if err != nil || fd < 3 {
 			continue
 		}
 		// Everything opened in this process is close-on-exec; what is not was inherited.
 		if flags, err := unix.FcntlInt(uintptr(fd), unix.F_GETFD, 0); err == nil && flags&unix.FD_CLOEXEC == 0 {
-			unix.Close(fd)
+			inherited = append(inherited, fd)
 		}
+	}
+	slices.Sort(inherited)
+	for _, fd := range slices.Backward(inherited) { // the starter's pipe, 3, last
+		unix.Close(fd)
 	}
 	return nil
 }
