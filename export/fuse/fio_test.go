@@ -21,7 +21,7 @@ func fioVerify(t testing.TB, file string, direct bool, jobMiB int, more ...strin
 	}
 	args := []string{"fio", "--name=v", "--filename=" + file, "--rw=randwrite", "--" + bs, "--bs_unaligned=0",
 		"--ioengine=libaio", "--iodepth=16", fmt.Sprintf("--direct=%d", d), "--numjobs=4", fmt.Sprintf("--size=%dm", jobMiB),
-		fmt.Sprintf("--offset_increment=%dm", jobMiB), "--verify=crc32c", "--verify_fatal=1", "--verify_dump=0",
+		fmt.Sprintf("--offset_increment=%dm", jobMiB), "--verify=crc32c", "--verify_state_save=0", "--verify_fatal=1", "--verify_dump=0",
 		"--randseed=4711", "--group_reporting", "--allow_file_create=1", "--output-format=terse"}
 	out := run(t, append(args, more...)...)
 	if strings.Contains(out, "verify:") || strings.Contains(out, "error=") {

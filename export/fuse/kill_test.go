@@ -167,7 +167,7 @@ func TestKill(t *testing.T) {
 				for {
 					out, err := tryRun("fio", "--name=v", "--filename="+node, "--rw=randwrite", "--bsrange=512-64k",
 						"--ioengine=libaio", "--iodepth=16", "--direct=1", "--numjobs=4", "--size=16m", "--offset_increment=32m",
-						"--verify=crc32c", "--verify_fatal=1", "--verify_dump=0", "--allow_file_create=0", "--rate=20m,20m")
+						"--verify=crc32c", "--verify_state_save=0", "--verify_fatal=1", "--verify_dump=0", "--allow_file_create=0", "--rate=20m,20m")
 					rounds++
 					if err != nil {
 						result <- fmt.Errorf("fio: %w\n%s", err, out)

@@ -373,7 +373,7 @@ func TestFio(t *testing.T) {
 			defer close(stop)
 			out := tool(t, "fio", "--name=verify", "--ioengine=nbd", "--uri="+uri(name), "--rw=randrw", "--rwmixread=30",
 				"--bsrange=512-128k", "--blockalign=512", "--iodepth=16", "--numjobs=4", "--size=6m", "--offset_increment=6m",
-				"--verify=crc32c", "--verify_fatal=1", "--verify_backlog=64", "--fsync=50", "--loops=2", "--group_reporting", "--output-format=json", "--randrepeat=0")
+				"--verify=crc32c", "--verify_state_save=0", "--verify_fatal=1", "--verify_backlog=64", "--fsync=50", "--loops=2", "--group_reporting", "--output-format=json", "--randrepeat=0")
 			var res struct {
 				Jobs []struct {
 					Error       int

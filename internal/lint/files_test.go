@@ -7,6 +7,7 @@ import (
 	"go/token"
 	"io/fs"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"regexp"
 	"strings"
@@ -93,6 +94,22 @@ func TestGoFiles(t *testing.T) {
 	})
 	if count < 20 {
 		t.Fatalf("found %d Go files only", count)
+	}
+}
+
+// TestNoLeftovers: nothing is committed that a tool leaves behind.
+func TestNoLeftovers(t *testing.T) {
+	cmd := exec.Command("git", "ls-files")
+	cmd.Dir = root(t)
+	out, err := cmd.Output()
+	if err != nil {
+		t.Skipf("git ls-files: %v (no git, or no repository)", err)
+	}
+	leftover := regexp.MustCompile(`(\.(state|orig|rej|log|prof|test|swp|bak)|~|(^|/)core)$`)
+	for _, name := range strings.Split(strings.TrimSpace(string(out)), "\n") {
+		if leftover.MatchString(name) {
+			t.Errorf("%s is committed", name)
+		}
 	}
 }
 
