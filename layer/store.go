@@ -61,12 +61,11 @@ type Options struct {
 	Run string
 	// Pool is open and stays the caller's: closed after the store.
 	Pool engine.Pool
-	// Exporter makes block device nodes; it stays the caller's: closed after the store.
+	// Exporter makes block device nodes, and their links. It is the store's from Open on, and
+	// closed by Store.Close: requests must be over before their devices are closed.
 	Exporter export.Exporter
 	// NBD serves devices as network block devices. Nil: Attach with AsNBD is refused.
 	NBD NBDServer
-	// LinkDir holds the links to nodes, "/dev/mica" by default.
-	LinkDir string
 	// BaseSize is the size in bytes of the base device if it must be made (10 GiB if 0), FSType
 	// its file system ("ext4" if empty, or "xfs"). A store that has a base keeps it.
 	BaseSize int64
@@ -499,6 +498,7 @@ type API interface {
 	// Events returns the events after id (0: from now on; older ones as far as they are kept).
 	// A reader that is too slow loses the oldest: ids then have a gap.
 	Events(after uint64) (events <-chan Event, cancel func())
-	// Close stops background work. Attachments stay with the exporter for a successor.
+	// Close stops background work and closes the exporter, with which attachments stay for a
+	// successor. Other operations must be over.
 	Close() error
 }

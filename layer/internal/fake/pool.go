@@ -215,6 +215,17 @@ func (p *Pool) Delta(_ context.Context, left, right thin.DevID, fn func(thin.Del
 	return nil
 }
 
+// OwnBlocks counts the blocks provisioned since the device was made.
+func (p *Pool) OwnBlocks(_ context.Context, id thin.DevID) (uint64, error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	d := p.devs[id]
+	if d == nil {
+		return 0, fmt.Errorf("thin %d: %w", id, thin.ErrNotFound)
+	}
+	return uint64(len(d.own)), nil
+}
+
 func (p *Pool) refs() map[*block]int {
 	refs := map[*block]int{}
 	for _, d := range p.devs {
@@ -284,7 +295,7 @@ func (p *Pool) Open(_ context.Context, id thin.DevID, o engine.OpenOptions) (eng
 	}
 	d.open++
 	d.writer = !o.ReadOnly
-	return &Thin{p: p, d: d, id: id, size: o.SizeBytes, ro: o.ReadOnly}, nil
+	return &Thin{p: p, d: d, id: id, size: o.SizeBytes, ro: o.ReadOnly, own: len(d.own)}, nil
 }
 
 // A Thin is an opened fake device.
@@ -294,7 +305,15 @@ type Thin struct {
 	id     thin.DevID
 	size   int64
 	ro     bool
+	own    int // own blocks at open
 	closed bool
+}
+
+// OwnChange is by how many the device's own blocks have changed since it was opened.
+func (t *Thin) OwnChange() int64 {
+	t.p.mu.Lock()
+	defer t.p.mu.Unlock()
+	return int64(len(t.d.own) - t.own)
 }
 
 var _ engine.Thin = (*Thin)(nil)

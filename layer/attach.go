@@ -1,0 +1,371 @@
+package layer
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"sync"
+	"time"
+
+	"mica/engine"
+	"mica/export"
+	"mica/layer/catalog"
+	"mica/thin"
+)
+
+// A live attachment is a container's device that is open and exported. It is made, changed and
+// ended under the container's lock, but for its end by somebody else (watchLoop).
+type live struct {
+	id   string
+	dev  thin.DevID
+	as   As
+	ro   bool
+	t    engine.Thin
+	a    export.Attachment // AsBlock
+	n    NBDExport         // AsNBD
+	own  int64             // own blocks when it was opened; -1: not known
+	once sync.Once         // closes t
+	end  chan struct{}     // closed by endLive, so that watchLoop does not take it for an accident
+	mu   sync.Mutex        // held while endLive detaches
+}
+
+func (l *live) closeDevice() (err error) {
+	l.once.Do(func() { err = l.t.Close() })
+	return err
+}
+
+// ownBlocks returns the device's own blocks now, -1 if they must be counted.
+func (l *live) ownBlocks() int64 {
+	if c, ok := l.t.(ownCounter); ok && l.own >= 0 {
+		return l.own + c.OwnChange()
+	}
+	return -1
+}
+
+func (s *Store) liveOf(id string) *live {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.live[id]
+}
+
+// openLive opens a device and exports it under id. adopt: a predecessor's node is still there.
+func (s *Store) openLive(ctx context.Context, id string, dev thin.DevID, size, own int64, a attachBody, adopt bool) (*live, error) {
+	l := &live{id: id, dev: dev, as: a.As, ro: a.ReadOnly, own: own, end: make(chan struct{})}
+	var err error
+	l.t, err = s.pool.Open(ctx, dev, engine.OpenOptions{SizeBytes: size, ReadOnly: a.ReadOnly})
+	if err != nil {
+		return nil, err
+	}
+	switch {
+	case a.As == AsNBD && s.o.NBD == nil:
+		err = fmt.Errorf("%w: no NBD server", ErrInvalid)
+	case a.As == AsNBD:
+		l.n, err = s.o.NBD.Serve(ctx, id, l.t, a.ReadOnly)
+	case adopt:
+		l.a, err = s.o.Exporter.Adopt(ctx, id, l.t)
+	default:
+		l.a, err = s.o.Exporter.Attach(ctx, id, l.t, export.AttachOptions{ReadOnly: a.ReadOnly})
+	}
+	if err != nil {
+		l.closeDevice()
+		return nil, err
+	}
+	s.mu.Lock()
+	s.live[id] = l
+	s.mu.Unlock()
+	if l.a != nil {
+		s.background(func(ctx context.Context) { s.watchLoop(ctx, l) })
+	}
+	return l, nil
+}
+
+// watchLoop notices that a node was taken away by somebody else. The attachment stays wanted: the
+// next Attach makes a new node.
+func (s *Store) watchLoop(ctx context.Context, l *live) {
+	select {
+	case <-ctx.Done():
+		return
+	case <-l.end:
+		return
+	case <-l.a.Done():
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	select {
+	case <-l.end: // our own Detach
+		return
+	default:
+	}
+	s.mu.Lock()
+	if s.live[l.id] == l {
+		delete(s.live, l.id)
+	}
+	s.mu.Unlock()
+	l.own = l.ownBlocks()
+	close(l.end)
+	l.closeDevice()
+	s.log.Warn("a node was taken away", "attachment", l.id, "device", l.dev)
+	s.hub.emit(EventDetach, "attachment/"+l.id, "the node was taken away by somebody else")
+}
+
+// endLive takes a live attachment away. ErrBusy leaves it as it is.
+func (s *Store) endLive(ctx context.Context, l *live) error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	select {
+	case <-l.end: // the background was quicker
+		return nil
+	default:
+	}
+	if l.n != nil {
+		for end := time.Now().Add(2 * time.Second); l.n.Clients() > 0; {
+			if time.Now().After(end) || !sleep(ctx, 20*time.Millisecond) {
+				return fmt.Errorf("%w: %d NBD clients are connected to %s", ErrBusy, l.n.Clients(), l.n.URI())
+			}
+		}
+		if err := l.n.Close(ctx); err != nil {
+			return err
+		}
+	} else if err := l.a.Detach(ctx); err != nil {
+		return err
+	}
+	close(l.end)
+	s.mu.Lock()
+	if s.live[l.id] == l {
+		delete(s.live, l.id)
+	}
+	s.mu.Unlock()
+	var err error
+	if !l.ro {
+		err = l.t.Flush()
+	}
+	own := l.ownBlocks()
+	if cerr := l.closeDevice(); err == nil {
+		err = cerr
+	}
+	l.own = own
+	return err
+}
+
+// Attach is described at API.
+func (s *Store) Attach(ctx context.Context, name string, o AttachOptions) (Attachment, error) {
+	if o.As == "" {
+		o.As = AsBlock
+	}
+	if o.As != AsBlock && o.As != AsNBD {
+		return Attachment{}, fmt.Errorf("%w kind of attachment %q: want block or nbd", ErrInvalid, o.As)
+	}
+	if err := s.writable(); err != nil {
+		return Attachment{}, err
+	}
+	unlock, err := s.locks.lock(ctx, kindContainer+"/"+name)
+	if err != nil {
+		return Attachment{}, err
+	}
+	defer unlock()
+	c, err := s.containerRecord(name)
+	if err != nil {
+		return Attachment{}, err
+	}
+	want := attachBody{As: o.As, ReadOnly: o.ReadOnly, Boot: s.boot}
+	if old := c.body.Attach; old != nil {
+		if old.As != want.As || old.ReadOnly != want.ReadOnly {
+			return Attachment{}, fmt.Errorf("container %q is attached as %s: %w; detach it first", name, describe(*old), ErrInUse)
+		}
+		if l := s.liveOf(c.body.ID); l != nil {
+			s.mu.Lock()
+			delete(s.expiries, detachKey+name) // it is wanted again
+			s.mu.Unlock()
+			return s.attachment(c, l), nil
+		}
+	}
+	if err := s.usable(c.Ref()); err != nil {
+		return Attachment{}, err
+	}
+	if c.body.GuestOwned && o.As == AsBlock && !o.TrustGuest {
+		return Attachment{}, fmt.Errorf("container %q: %w; the host mounts it only if told to trust the guest", name, ErrGuestOwned)
+	}
+	guest := o.As == AsNBD && !o.ReadOnly && !o.TrustGuest && !c.body.GuestOwned
+	if guest || !o.ReadOnly && !c.body.OwnStale {
+		// Before the first write can happen.
+		c, err = s.editContainer(ctx, name, func(c *containerBody) error {
+			c.GuestOwned = c.GuestOwned || guest
+			c.OwnStale = c.OwnStale || !o.ReadOnly
+			return nil
+		})
+		if err != nil {
+			return Attachment{}, err
+		}
+	}
+	own := c.body.OwnBlocks
+	if c.body.Attach != nil && !o.ReadOnly {
+		own = -1 // it was open before, and nobody counted at its end
+	}
+	l, err := s.openLive(ctx, c.body.ID, c.Device, c.body.SizeBytes, own, want, false)
+	if err != nil {
+		return Attachment{}, fmt.Errorf("attach container %q: %w", name, err)
+	}
+	c, err = s.editContainer(ctx, name, func(c *containerBody) error {
+		c.Attach = &want
+		c.Mounts = nil
+		return nil
+	})
+	if err != nil {
+		cctx, cancel := s.short(ctx)
+		defer cancel()
+		return Attachment{}, errors.Join(err, s.endLive(cctx, l))
+	}
+	s.hub.emit(EventAttach, c.Ref(), describe(want))
+	return s.attachment(c, l), nil
+}
+
+func describe(a attachBody) string {
+	if a.ReadOnly {
+		return string(a.As) + ", read-only"
+	}
+	return string(a.As)
+}
+
+// attachment describes a container's attachment; l is nil if it is not live now.
+func (s *Store) attachment(c record[containerBody], l *live) Attachment {
+	a := Attachment{As: c.body.Attach.As, ReadOnly: c.body.Attach.ReadOnly, ID: c.body.ID, FSType: c.body.FSType,
+		MountOptions: s.mountOptions(c.body.FSType, c.body.Attach.ReadOnly), Mounts: c.body.Mounts}
+	if l != nil && l.a != nil {
+		a.Node, a.Link = l.a.Node(), l.a.Link()
+	}
+	if l != nil && l.n != nil {
+		a.URI = l.n.URI()
+	}
+	return a
+}
+
+// mountOptions are those for a container's node.
+func (s *Store) mountOptions(fstype string, readOnly bool) []string {
+	var o []string
+	if readOnly {
+		o = append(o, "ro")
+	} else {
+		o = append(o, "rw")
+	}
+	if fstype == "xfs" {
+		o = append(o, "nouuid")
+		if readOnly {
+			o = append(o, "norecovery")
+		}
+	} else if readOnly {
+		o = append(o, "noload")
+	}
+	if s.o.Discard && !readOnly {
+		o = append(o, "discard")
+	}
+	return append(o, s.o.MountOptions...)
+}
+
+// Detach is described at API.
+func (s *Store) Detach(ctx context.Context, name string, o DetachOptions) error {
+	if err := s.writable(); err != nil {
+		return err
+	}
+	unlock, err := s.locks.lock(ctx, kindContainer+"/"+name)
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	c, err := s.containerRecord(name)
+	if err != nil {
+		return err
+	}
+	err = s.detachLocked(ctx, c)
+	if o.Deferred && errors.Is(err, ErrBusy) {
+		s.deferDetach(name)
+	}
+	return err
+}
+
+// detachLocked takes a container's attachment away, live or not. The caller holds its lock.
+func (s *Store) detachLocked(ctx context.Context, c record[containerBody]) error {
+	if c.body.Attach == nil {
+		return nil
+	}
+	own := int64(-1)
+	if l := s.liveOf(c.body.ID); l != nil {
+		if err := s.endLive(ctx, l); err != nil {
+			return fmt.Errorf("detach container %q: %w", c.Key, err)
+		}
+		own = l.own
+	}
+	cctx, cancel := s.short(ctx) // the node is gone: the record must follow
+	defer cancel()
+	_, err := s.editContainer(cctx, c.Key, func(b *containerBody) error {
+		if own >= 0 {
+			b.OwnBlocks, b.OwnStale = own, false
+		}
+		b.Attach, b.Mounts = nil, nil
+		return nil
+	})
+	if err != nil {
+		return fmt.Errorf("detach container %q: %w", c.Key, err)
+	}
+	s.hub.emit(EventDetach, c.Ref(), "")
+	return nil
+}
+
+// NoteMount and ForgetMount are described at API.
+func (s *Store) NoteMount(ctx context.Context, name, dir string) error {
+	return s.editMounts(ctx, name, func(m []string) []string {
+		if slices.Contains(m, dir) {
+			return m
+		}
+		return append(m, dir)
+	})
+}
+
+func (s *Store) ForgetMount(ctx context.Context, name, dir string) error {
+	return s.editMounts(ctx, name, func(m []string) []string {
+		return slices.DeleteFunc(m, func(d string) bool { return d == dir })
+	})
+}
+
+func (s *Store) editMounts(ctx context.Context, name string, fn func([]string) []string) error {
+	if err := s.writable(); err != nil {
+		return err
+	}
+	unlock, err := s.locks.lock(ctx, kindContainer+"/"+name)
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	_, err = s.editContainer(ctx, name, func(c *containerBody) error {
+		if c.Attach == nil {
+			return fmt.Errorf("container %q is not attached: %w", name, ErrInvalid)
+		}
+		if c.Mounts = fn(c.Mounts); len(c.Mounts) > 64 {
+			return fmt.Errorf("container %q: %w: mounted in %d places, at most 64 are kept", name, ErrInvalid, len(c.Mounts))
+		}
+		return nil
+	})
+	return err
+}
+
+// editContainer changes a container's record without touching its device.
+func (s *Store) editContainer(ctx context.Context, name string, fn func(*containerBody) error) (record[containerBody], error) {
+	var out record[containerBody]
+	err := s.step(ctx, catalog.Step{FileOnly: true, Apply: func(tx *catalog.Tx) error {
+		c, err := get[containerBody](tx, kindContainer, name)
+		if err != nil {
+			return err
+		}
+		if err := fn(&c.body); err != nil {
+			return err
+		}
+		out = c
+		return put(tx, c)
+	}}, nil, nil)
+	return out, err
+}
+
+// containerRecord reads a container.
+func (s *Store) containerRecord(name string) (record[containerBody], error) {
+	return load[containerBody](s, kindContainer, name)
+}

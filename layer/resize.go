@@ -1,0 +1,89 @@
+package layer
+
+import (
+	"context"
+	"errors"
+	"fmt"
+)
+
+// Resize is described at API.
+//
+// The record gets the new size first: a device that is longer than its file system is fine, the
+// other way round it could not be mounted after a crash.
+func (s *Store) Resize(ctx context.Context, name string, sizeBytes int64) (Container, error) {
+	if err := s.writable(); err != nil {
+		return Container{}, err
+	}
+	if err := checkSize(sizeBytes); err != nil {
+		return Container{}, err
+	}
+	unlock, err := s.locks.lock(ctx, kindContainer+"/"+name)
+	if err != nil {
+		return Container{}, err
+	}
+	defer unlock()
+	c, err := s.usableContainer(name)
+	if err != nil {
+		return Container{}, err
+	}
+	old := c.body.SizeBytes
+	if sizeBytes < old {
+		return Container{}, fmt.Errorf("resize container %q: %w size of %d bytes: it has %d, and cannot shrink", name, ErrInvalid, sizeBytes, old)
+	}
+	if sizeBytes == old {
+		return s.describeContainer(c), nil
+	}
+	set := func(ctx context.Context, n int64) (record[containerBody], error) {
+		return s.editContainer(ctx, name, func(b *containerBody) error {
+			b.SizeBytes = n
+			b.OwnStale = b.OwnStale || s.liveOf(b.ID) == nil && !b.GuestOwned
+			return nil
+		})
+	}
+	if c, err = set(ctx, sizeBytes); err != nil {
+		return Container{}, err
+	}
+	if err := s.growDevice(ctx, c); err != nil {
+		cctx, cancel := s.short(ctx)
+		defer cancel()
+		err = fmt.Errorf("resize container %q to %d bytes: %w", name, sizeBytes, err)
+		if l := s.liveOf(c.body.ID); l != nil {
+			err = errors.Join(err, l.t.Resize(old))
+			if l.a != nil {
+				err = errors.Join(err, l.a.Resize(cctx))
+			}
+		}
+		if _, serr := set(cctx, old); serr != nil {
+			err = errors.Join(err, serr)
+		}
+		return Container{}, err
+	}
+	s.hub.emit(EventResize, c.Ref(), fmt.Sprintf("%d bytes", sizeBytes))
+	return s.describeContainer(c), nil
+}
+
+// growDevice makes the device, its node and its file system as large as the record says.
+func (s *Store) growDevice(ctx context.Context, c record[containerBody]) error {
+	l := s.liveOf(c.body.ID)
+	if l == nil {
+		if c.body.GuestOwned {
+			return nil
+		}
+		return s.work(ctx, c.Device, c.body.SizeBytes, false, func(w *work) error {
+			return s.files.Grow(ctx, w.node(), c.body.FSType)
+		}, nil)
+	}
+	if err := l.t.Resize(c.body.SizeBytes); err != nil {
+		return err
+	}
+	if l.a == nil {
+		return nil // an NBD client sees it when it connects again
+	}
+	if err := l.a.Resize(ctx); err != nil {
+		return err
+	}
+	if c.body.GuestOwned || l.ro {
+		return nil
+	}
+	return s.files.Grow(ctx, l.a.Node(), c.body.FSType)
+}
