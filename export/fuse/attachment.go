@@ -156,11 +156,11 @@ func (a *attachment) Detach(ctx context.Context) error {
 // gone everything can be taken back.
 func (a *attachment) detach(t *teardown) {
 	err := a.e.ops.detach(context.Background(), a.detachArgs())
-	if errors.Is(err, loop.ErrNotBound) {
+	switch {
+	case errors.Is(err, loop.ErrNotBound):
 		// Somebody else took the device; the link must not wait for its next owner.
 		err = a.e.links.Remove(a.name)
-	}
-	if err != nil && loop.Backing(a.rec.Loop.Number) == a.e.backing(a.name) {
+	case err != nil && !errors.Is(err, loop.ErrNotSynced):
 		if errors.Is(err, loop.ErrBusy) {
 			err = fmt.Errorf("%w: %w", export.ErrBusy, err)
 		}

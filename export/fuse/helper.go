@@ -35,7 +35,7 @@ type call struct {
 type result struct {
 	ID     uint64      `json:"id"`
 	Device loop.Device `json:"device"`
-	Code   string      `json:"code,omitempty"` // busy, not_bound, error
+	Code   string      `json:"code,omitempty"` // busy, not_bound, not_synced, error
 	Error  string      `json:"error,omitempty"`
 }
 
@@ -56,6 +56,8 @@ func (r result) err() error {
 		return &remoteError{r.Error, loop.ErrBusy}
 	case "not_bound":
 		return &remoteError{r.Error, loop.ErrNotBound}
+	case "not_synced":
+		return &remoteError{r.Error, loop.ErrNotSynced}
 	}
 	return errors.New(r.Error)
 }
@@ -124,6 +126,8 @@ func perform(ctx context.Context, c call) result {
 			r.Code = "busy"
 		case errors.Is(err, loop.ErrNotBound):
 			r.Code = "not_bound"
+		case errors.Is(err, loop.ErrNotSynced):
+			r.Code = "not_synced"
 		default:
 			r.Code = "error"
 		}

@@ -329,5 +329,29 @@ func TestUnmountedByHand(t *testing.T) {
 		t.Fatalf("detach of a lost connection: %v", err)
 	}
 	s.nothingLeft(t)
-	s.attach("hand", d, export.AttachOptions{})
+	a = s.attach("hand", d, export.AttachOptions{})
+
+	// A lazy unmount leaves everything working, and the loop device is still known as ours.
+	if err := unix.Unmount(dir, unix.MNT_DETACH); err != nil {
+		t.Fatal(err)
+	}
+	f, err := os.OpenFile(a.Node(), os.O_RDWR, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := f.WriteAt([]byte("x"), 0); err != nil {
+		t.Fatal(err)
+	}
+	if err := a.Detach(ctx(t)); !errors.Is(err, export.ErrBusy) {
+		t.Fatalf("detach of an open device: %v", err)
+	}
+	f.Close()
+	loops := filepath.Join("/sys/block", filepath.Base(a.Node()), "loop")
+	if err := a.Detach(ctx(t)); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := os.Stat(loops); !os.IsNotExist(err) {
+		t.Errorf("loop device still bound: %v", err)
+	}
+	s.nothingLeft(t)
 }

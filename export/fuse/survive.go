@@ -152,16 +152,17 @@ func (e *Exporter) Drop(_ context.Context, name string) error {
 	if err != nil {
 		return fmt.Errorf("drop %q: %w", name, err)
 	}
-	if _, ok := all[name]; !ok {
+	rec, ok := all[name]
+	if !ok {
 		return fmt.Errorf("drop %q: %w", name, export.ErrNotFound)
 	}
-	if err := e.dropSurvivor(name); err != nil {
+	if err := e.dropSurvivor(name, rec); err != nil {
 		return fmt.Errorf("drop %q: %w", name, err)
 	}
 	return nil
 }
 
-func (e *Exporter) dropSurvivor(name string) error {
+func (e *Exporter) dropSurvivor(name string, rec record) error {
 	if err := e.links.Remove(name); err != nil {
 		return err
 	}
@@ -169,7 +170,14 @@ func (e *Exporter) dropSurvivor(name string) error {
 	if err := e.keep.drop(name); err != nil {
 		return err
 	}
-	return e.removeMount(name)
+	err := e.removeMount(name)
+	if rec.Loop.Node != "" && loop.Backing(rec.Loop.Number) != "" {
+		// Its mount was detached lazily, so that it was not found by its file.
+		if lerr := loop.Abandon(rec.Loop, e.backing(name)); lerr != nil && !errors.Is(lerr, loop.ErrNotBound) {
+			err = errors.Join(err, lerr)
+		}
+	}
+	return err
 }
 
 // clean removes what nobody serves and nobody holds: attachments whose attach or detach was
@@ -184,7 +192,7 @@ func (e *Exporter) clean() error {
 	}
 	for name, rec := range known {
 		if rec.Version == recordVersion && !rec.Live {
-			if err := e.dropSurvivor(name); err != nil {
+			if err := e.dropSurvivor(name, rec); err != nil {
 				return err
 			}
 			delete(known, name)

@@ -11,6 +11,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"path/filepath"
 	"strconv"
 	"strings"
 	"time"
@@ -23,6 +24,9 @@ var (
 	ErrBusy = errors.New("loop device busy")
 	// ErrNotBound: there is no such loop device, or it is not (or no longer) on the expected file.
 	ErrNotBound = errors.New("loop device not bound")
+	// ErrNotSynced: the device was detached, but what its last users had written through the page
+	// cache could not be written to the file.
+	ErrNotSynced = errors.New("loop device detached with unwritten data")
 )
 
 // Config describes a loop device.
@@ -162,6 +166,22 @@ func Backing(n int) string {
 	return strings.TrimSuffix(strings.TrimSuffix(string(b), "\n"), " (deleted)")
 }
 
+// isOn reports whether the opened loop device n is on a file, and which name the kernel has for
+// the file now. If the file's mount was detached lazily, that name is no longer the path, and the
+// name that Attach gave to the kernel tells.
+func isOn(fd, n int, backing string) (now string, ok bool) {
+	now = Backing(n)
+	if now == backing || now == "" {
+		return now, now != ""
+	}
+	info, err := unix.IoctlLoopGetStatus64(fd)
+	if err != nil || filepath.Base(now) != filepath.Base(backing) {
+		return now, false
+	}
+	name := unix.ByteSliceToString(info.File_name[:])
+	return now, name == backing && len(name) < len(info.File_name)-1
+}
+
 // Find returns the numbers of the loop devices whose backing file satisfies ok.
 func Find(ok func(backing string) bool) []int {
 	var found []int
@@ -188,7 +208,8 @@ type DetachOptions struct {
 }
 
 // Detach syncs the device, takes it from its file and returns when its minor is really free.
-// If it is mounted or open, the error is a *BusyError and the device stays as it was.
+// If it is mounted or open, the error is a *BusyError and the device stays as it was; it is free
+// all the same after ErrNotSynced.
 func Detach(ctx context.Context, d Device, o DetachOptions) error {
 	if o.Wait == 0 {
 		o.Wait = 2 * time.Second
@@ -228,8 +249,9 @@ func detachOnce(ctx context.Context, d Device, o DetachOptions) error {
 		}
 	}
 	defer shut()
-	if b := Backing(d.Number); b != o.Backing {
-		return fmt.Errorf("%s is on %q, not %q: %w", d.Node, b, o.Backing, ErrNotBound)
+	now, ok := isOn(fd, d.Number, o.Backing)
+	if !ok {
+		return fmt.Errorf("%s is on %q, not %q: %w", d.Node, now, o.Backing, ErrNotBound)
 	}
 	// Buffered writes of openers that are gone. An error here is reported to nobody else.
 	syncErr := unix.Fsync(fd)
@@ -260,13 +282,13 @@ func detachOnce(ctx context.Context, d Device, o DetachOptions) error {
 		return ErrBusy
 	}
 	shut()
-	for pause := 100 * time.Microsecond; Backing(d.Number) == o.Backing; pause = min(2*pause, 20*time.Millisecond) {
+	for pause := 100 * time.Microsecond; Backing(d.Number) == now; pause = min(2*pause, 20*time.Millisecond) {
 		if err := sleep(ctx, pause); err != nil {
 			return fmt.Errorf("%s: wait until it is free: %w", d.Node, err)
 		}
 	}
 	if syncErr != nil {
-		return fmt.Errorf("%s: sync before detach: %w", d.Node, syncErr)
+		return fmt.Errorf("%s: %w: %w", d.Node, ErrNotSynced, syncErr)
 	}
 	return nil
 }
@@ -279,8 +301,8 @@ func Abandon(d Device, backing string) error {
 		return fmt.Errorf("%s: abandon: %w", d.Node, err)
 	}
 	defer unix.Close(fd)
-	if b := Backing(d.Number); b != backing {
-		return fmt.Errorf("%s is on %q, not %q: %w", d.Node, b, backing, ErrNotBound)
+	if now, ok := isOn(fd, d.Number, backing); !ok {
+		return fmt.Errorf("%s is on %q, not %q: %w", d.Node, now, backing, ErrNotBound)
 	}
 	if err := unix.IoctlSetInt(fd, unix.LOOP_CLR_FD, 0); err != nil && err != unix.ENXIO {
 		return fmt.Errorf("%s: LOOP_CLR_FD: %w", d.Node, err)

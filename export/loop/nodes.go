@@ -15,7 +15,6 @@ import (
 
 const (
 	controlPath = "/dev/loop-control"
-	loopMajor   = 7
 	// controlMinor is the fixed misc minor of loop-control (major 10).
 	controlMajor = 10
 	controlMinor = 237
