@@ -68,7 +68,6 @@ type Config struct {
 type Machine struct {
 	Release string // of the guest's kernel
 
-	dir     string // initramfs; removed by Close
 	proc    *os.Process
 	out     *wire.Writer
 	sock    *os.File
@@ -111,16 +110,15 @@ func Boot(ctx context.Context, c Config) (*Machine, error) {
 	if err != nil {
 		return nil, err
 	}
-	m := &Machine{dir: dir, done: make(chan struct{}), calls: map[uint32]*pending{}}
+	defer os.RemoveAll(dir) // QEMU has read it all once the guest is up
+	m := &Machine{done: make(chan struct{}), calls: map[uint32]*pending{}}
 	m.console.trace = c.Trace
 	initrd := filepath.Join(dir, "initrd")
 	if err := kit.writeInitramfs(ctx, initrd, c); err != nil {
-		os.RemoveAll(dir)
 		return nil, err
 	}
 	hello := make(chan string, 1)
 	if err := m.start(kit, initrd, c, hello); err != nil {
-		os.RemoveAll(dir)
 		return nil, err
 	}
 	select {
@@ -132,9 +130,7 @@ func Boot(ctx context.Context, c Config) (*Machine, error) {
 		err = fmt.Errorf("the guest did not come up: %w", ctx.Err())
 	}
 	m.Kill()
-	tail := m.console.tail(30)
-	os.RemoveAll(dir)
-	return nil, fmt.Errorf("test machine: %w; end of its console:\n%s", err, tail)
+	return nil, fmt.Errorf("test machine: %w; end of its console:\n%s", err, m.console.tail(30))
 }
 
 // start launches QEMU and the goroutines that serve it.
@@ -277,8 +273,8 @@ func (m *Machine) Kill() {
 	<-m.done
 }
 
-// Close switches the machine off, kills it if that takes more than 10 seconds, and removes its
-// files. Closing twice is fine.
+// Close switches the machine off, or kills it if that takes more than 10 seconds. Closing twice
+// is fine.
 func (m *Machine) Close() {
 	m.out.Send(wire.PowerOff, 0, nil)
 	select {
@@ -286,7 +282,6 @@ func (m *Machine) Close() {
 	case <-time.After(10 * time.Second):
 	}
 	m.Kill()
-	os.RemoveAll(m.dir)
 }
 
 // args is QEMU's command line.

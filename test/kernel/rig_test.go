@@ -3,6 +3,7 @@ package kernel
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
 	"fmt"
@@ -11,6 +12,8 @@ import (
 	"sync"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"mica/internal/crossing"
 	"mica/internal/vm"
@@ -61,7 +64,8 @@ func newRig() (*rig, error) {
 	if st, err := os.Stat("/dev/shm"); err == nil && st.IsDir() {
 		parent = "/dev/shm"
 	}
-	dir, err := os.MkdirTemp(parent, "mica-kernel-")
+	removeStale(filepath.Join(cmp.Or(parent, os.TempDir()), "mica-kernel-*"))
+	dir, err := os.MkdirTemp(parent, fmt.Sprintf("mica-kernel-%d-", os.Getpid()))
 	if err != nil {
 		return nil, err
 	}
@@ -92,6 +96,18 @@ func newRig() (*rig, error) {
 		return nil, err
 	}
 	return r, nil
+}
+
+// removeStale takes away what killed or panicked runs left: directories named after a process
+// that is no more.
+func removeStale(pattern string) {
+	dirs, _ := filepath.Glob(pattern)
+	for _, dir := range dirs {
+		var pid int
+		if _, err := fmt.Sscanf(filepath.Base(dir), "mica-kernel-%d-", &pid); err == nil && unix.Kill(pid, 0) == unix.ESRCH {
+			os.RemoveAll(dir)
+		}
+	}
 }
 
 // format makes both disks empty.
