@@ -6,6 +6,7 @@ import (
 
 	"mica/pdata/block"
 	"mica/pdata/btree"
+	"mica/pdata/spacemap"
 )
 
 // Usage counts the data blocks of one device.
@@ -21,6 +22,11 @@ func (v *View) Usage() (map[DevID]Usage, error) {
 	devs, err := v.Devices()
 	if err != nil {
 		return nil, err
+	}
+	// A wrong superblock must not set the size of an allocation: bitmaps have to fit the device.
+	n := uint64(v.d.Size() / block.Size)
+	if meta, data := v.pool.MetaMap.NrBlocks, v.pool.DataMap.NrBlocks; meta > n || data/spacemap.EntriesPerBitmap > n {
+		return nil, block.Corruptf(superblockAt, "counts %d metadata and %d data blocks, the metadata device has %d blocks", meta, data, n)
 	}
 	u := usageWalk{r: v.reader(8), nodes: make([]uint8, v.pool.MetaMap.NrBlocks), data: make([]uint8, v.pool.DataMap.NrBlocks)}
 	roots := make([]block.Loc, len(devs))
