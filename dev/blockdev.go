@@ -171,6 +171,9 @@ func (b *Block) WriteZeroes(off, n int64, keepAllocated bool) error {
 	return sysOp("zero", b.path, func() error { return ioctlRange(b.fd, unix.BLKZEROOUT, begin, end-begin) })
 }
 
+// Allocate does nothing: a block device has the space that it shows.
+func (b *Block) Allocate(off, n int64) error { return nil }
+
 // Resize takes the device's present length, at most sizeBytes: a block device is made longer by
 // whoever owns it, not here. It fails if the device is shorter than sizeBytes.
 func (b *Block) Resize(sizeBytes int64) error {

@@ -2,6 +2,7 @@ package user
 
 import (
 	"context"
+	"errors"
 	"fmt"
 
 	"mica/dev"
@@ -50,8 +51,8 @@ func (p *Pool) GrowMetadata(ctx context.Context, sizeBytes int64) error {
 	if err := resize(p.metaD, sizeBytes); err != nil {
 		return fmt.Errorf("%s: %w", what, err)
 	}
-	if a, ok := p.metaD.(dev.Allocator); ok && sizeBytes > have {
-		if err := a.Allocate(have, sizeBytes-have); err != nil {
+	if sizeBytes > have {
+		if err := allocateNew(p.metaD, have, sizeBytes-have); err != nil {
 			err = fmt.Errorf("%s: %w", what, err)
 			if serr := resize(p.metaD, have); serr != nil {
 				p.log.Warn("metadata file keeps its new length", "err", serr)
@@ -63,6 +64,24 @@ func (p *Pool) GrowMetadata(ctx context.Context, sizeBytes int64) error {
 		return err
 	}
 	p.space.wakeAll()
+	return nil
+}
+
+// allocateNew takes host space for a range that was never written, so that writes to it cannot
+// fail for want of it; where that cannot be asked for, by writing zeros.
+func allocateNew(d dev.Device, off, n int64) error {
+	if a, ok := d.(dev.Allocator); ok {
+		if err := a.Allocate(off, n); !errors.Is(err, dev.ErrUnsupported) {
+			return err
+		}
+	}
+	for n > 0 {
+		c := min(n, int64(len(zeroBuf)))
+		if _, err := d.WriteAt(zeroBuf[:c], off); err != nil {
+			return err
+		}
+		off, n = off+c, n-c
+	}
 	return nil
 }
 

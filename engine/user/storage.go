@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -173,7 +174,11 @@ func (f *formatter) run(ctx context.Context) (err error) {
 	if f.meta, err = f.openOrCreate(ctx, f.l.MetadataPath(), metaBytes); err != nil {
 		return err
 	}
-	if a, ok := f.meta.(dev.Allocator); ok {
+	if slices.Contains(f.made, f.l.MetadataPath()) {
+		if err := allocateNew(f.meta, 0, f.meta.Size()); err != nil {
+			return err
+		}
+	} else if a, ok := f.meta.(dev.Allocator); ok {
 		if err := a.Allocate(0, f.meta.Size()); err != nil && !errors.Is(err, dev.ErrUnsupported) {
 			return err
 		}
