@@ -96,7 +96,9 @@ func (c *Client) ImportStream(ctx context.Context, r io.Reader, p api.ImportPara
 	for k, v := range p.Labels {
 		q.Add("label", k+"="+v)
 	}
-	resp, err := c.send(ctx, "POST", "/images", q, api.MediaOctets, io.NopCloser(r))
+	body, stop := abandonable(ctx, r)
+	defer stop()
+	resp, err := c.send(ctx, "POST", "/images", q, api.MediaOctets, body)
 	if err != nil {
 		return op, err
 	}

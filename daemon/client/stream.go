@@ -23,6 +23,22 @@ func decodeJSON(resp *http.Response, out any) error {
 	return nil
 }
 
+// abandonable is r for a request's body: when ctx ends, or after stop, its Read returns even if r's
+// does not (a terminal, a pipe that nobody writes). The goroutine that reads r ends with the
+// next thing that r gives.
+func abandonable(ctx context.Context, r io.Reader) (body io.Reader, stop func()) {
+	pr, pw := io.Pipe()
+	unhook := context.AfterFunc(ctx, func() { pw.CloseWithError(context.Cause(ctx)) })
+	go func() {
+		_, err := io.CopyBuffer(struct{ io.Writer }{pw}, struct{ io.Reader }{r}, make([]byte, 256<<10))
+		pw.CloseWithError(err)
+	}()
+	return pr, func() {
+		unhook()
+		pr.Close()
+	}
+}
+
 // copyDiff copies a diff and sees to it that it is complete.
 func copyDiff(ctx context.Context, w io.Writer, resp *http.Response) (layer.Level, error) {
 	if _, err := io.Copy(w, resp.Body); err != nil {
