@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"mica/engine"
@@ -28,6 +29,7 @@ type live struct {
 	once sync.Once         // closes t
 	end  chan struct{}     // closed by endLive, so that watchLoop does not take it for an accident
 	mu   sync.Mutex        // held while endLive detaches
+	dead atomic.Bool       // the node was taken away by somebody else
 }
 
 func (l *live) closeDevice() (err error) {
@@ -80,8 +82,8 @@ func (s *Store) openLive(ctx context.Context, id string, dev thin.DevID, size, o
 	return l, nil
 }
 
-// watchLoop notices that a node was taken away by somebody else. The attachment stays wanted: the
-// next Attach makes a new node.
+// watchLoop notices that a node was taken away by somebody else, and clears away what is left of
+// it. The attachment stays wanted: the next Attach makes a new node.
 func (s *Store) watchLoop(ctx context.Context, l *live) {
 	select {
 	case <-ctx.Done():
@@ -91,25 +93,23 @@ func (s *Store) watchLoop(ctx context.Context, l *live) {
 	case <-l.a.Done():
 	}
 	l.mu.Lock()
-	defer l.mu.Unlock()
 	select {
-	case <-l.end: // our own Detach
+	case <-l.end: // it was our own Detach
+		l.mu.Unlock()
 		return
 	default:
 	}
-	s.mu.Lock()
-	if s.live[l.id] == l {
-		delete(s.live, l.id)
-	}
-	s.mu.Unlock()
-	l.own = l.ownBlocks()
-	close(l.end)
-	l.closeDevice()
+	l.dead.Store(true)
+	l.mu.Unlock()
 	s.log.Warn("a node was taken away", "attachment", l.id, "device", l.dev)
 	s.hub.emit(EventDetach, "attachment/"+l.id, "the node was taken away by somebody else")
+	for ctx.Err() == nil && s.endLive(ctx, l) != nil {
+		sleep(ctx, time.Second)
+	}
 }
 
-// endLive takes a live attachment away. ErrBusy leaves it as it is.
+// endLive takes a live attachment away. ErrBusy, and the end of ctx, leave it as it is; after
+// other errors it may be gone all the same (it is no longer in s.live), without all of its data.
 func (s *Store) endLive(ctx context.Context, l *live) error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -118,6 +118,7 @@ func (s *Store) endLive(ctx context.Context, l *live) error {
 		return nil
 	default:
 	}
+	var derr error
 	if l.n != nil {
 		for end := time.Now().Add(2 * time.Second); l.n.Clients() > 0; {
 			if time.Now().After(end) || !sleep(ctx, 20*time.Millisecond) {
@@ -127,8 +128,15 @@ func (s *Store) endLive(ctx context.Context, l *live) error {
 		if err := l.n.Close(ctx); err != nil {
 			return err
 		}
-	} else if err := l.a.Detach(ctx); err != nil {
-		return err
+	} else if derr = l.a.Detach(ctx); derr != nil {
+		select {
+		case <-l.a.Done(): // it is gone all the same
+			if l.dead.Load() && errors.Is(derr, ErrBusy) {
+				return derr // its file system is still mounted, and dead
+			}
+		default:
+			return derr
+		}
 	}
 	close(l.end)
 	s.mu.Lock()
@@ -136,8 +144,12 @@ func (s *Store) endLive(ctx context.Context, l *live) error {
 		delete(s.live, l.id)
 	}
 	s.mu.Unlock()
-	var err error
-	if !l.ro {
+	err := derr
+	if l.dead.Load() && err != nil {
+		s.log.Warn("clearing away a node that was taken away", "attachment", l.id, "err", err)
+		err = nil // nobody was promised anything by this node any more
+	}
+	if !l.ro && err == nil {
 		err = l.t.Flush()
 	}
 	own := l.ownBlocks()
@@ -173,7 +185,14 @@ func (s *Store) Attach(ctx context.Context, name string, o AttachOptions) (Attac
 		if old.As != want.As || old.ReadOnly != want.ReadOnly {
 			return Attachment{}, fmt.Errorf("container %q is attached as %s: %w; detach it first", name, describe(*old), ErrInUse)
 		}
-		if l := s.liveOf(c.body.ID); l != nil {
+		l := s.liveOf(c.body.ID)
+		if l != nil && l.dead.Load() {
+			if err := s.endLive(ctx, l); err != nil {
+				return Attachment{}, fmt.Errorf("container %q: its node was taken away: %w", name, err)
+			}
+			l = nil
+		}
+		if l != nil {
 			s.mu.Lock()
 			delete(s.expiries, detachKey+name) // it is wanted again
 			s.mu.Unlock()
@@ -231,7 +250,7 @@ func describe(a attachBody) string {
 func (s *Store) attachment(c record[containerBody], l *live) Attachment {
 	a := Attachment{As: c.body.Attach.As, ReadOnly: c.body.Attach.ReadOnly, ID: c.body.ID, FSType: c.body.FSType,
 		MountOptions: s.mountOptions(c.body.FSType, c.body.Attach.ReadOnly), Mounts: c.body.Mounts}
-	if l != nil && l.a != nil {
+	if l != nil && l.a != nil && !l.dead.Load() {
 		a.Node, a.Link = l.a.Node(), l.a.Link()
 	}
 	if l != nil && l.n != nil {
@@ -240,13 +259,15 @@ func (s *Store) attachment(c record[containerBody], l *live) Attachment {
 	return a
 }
 
-// mountOptions are those for a container's node.
+// mountOptions are those for a container's node. Without noatime the first read of a file would
+// be a write: of its inode, and so of a block of the image. Options of the configuration come
+// last and win (relatime).
 func (s *Store) mountOptions(fstype string, readOnly bool) []string {
 	var o []string
 	if readOnly {
 		o = append(o, "ro")
 	} else {
-		o = append(o, "rw")
+		o = append(o, "rw", "noatime")
 	}
 	if fstype == "xfs" {
 		o = append(o, "nouuid")
@@ -289,11 +310,16 @@ func (s *Store) detachLocked(ctx context.Context, c record[containerBody]) error
 		return nil
 	}
 	own := int64(-1)
+	var lost error
 	if l := s.liveOf(c.body.ID); l != nil {
 		if err := s.endLive(ctx, l); err != nil {
-			return fmt.Errorf("detach container %q: %w", c.Key, err)
+			lost = fmt.Errorf("detach container %q: %w", c.Key, err)
+			if s.liveOf(c.body.ID) != nil {
+				return lost
+			}
+		} else {
+			own = l.own
 		}
-		own = l.own
 	}
 	cctx, cancel := s.short(ctx) // the node is gone: the record must follow
 	defer cancel()
@@ -305,10 +331,10 @@ func (s *Store) detachLocked(ctx context.Context, c record[containerBody]) error
 		return nil
 	})
 	if err != nil {
-		return fmt.Errorf("detach container %q: %w", c.Key, err)
+		return errors.Join(lost, fmt.Errorf("detach container %q: %w", c.Key, err))
 	}
 	s.hub.emit(EventDetach, c.Ref(), "")
-	return nil
+	return lost
 }
 
 // NoteMount and ForgetMount are described at API.
