@@ -244,6 +244,9 @@ func (s *Store) Remove(ctx context.Context, name string, o RemoveOptions) error 
 		switch {
 		case err == nil:
 			l = nil
+		case s.liveOf(c.body.ID) == nil:
+			s.log.Warn("detach of a container that is removed", "container", name, "err", err)
+			l = nil
 		case !errors.Is(err, ErrBusy) || !o.Deferred:
 			return fmt.Errorf("remove container %q: %w", name, err)
 		}

@@ -121,7 +121,14 @@ func (s *Store) snapshotFrozen(ctx context.Context, c record[containerBody], l *
 	}
 	f, err := s.files.FreezeNode(ctx, node, c.body.FSType)
 	if err != nil {
-		s.thawLater(path, l)
+		// A helper that answered has taken back what it did, and somebody else's freeze is
+		// not ours to take back.
+		var answered *helper.Error
+		if errors.As(err, &answered) {
+			os.Remove(path)
+		} else {
+			s.thawLater(path, l)
+		}
 		return release(fmt.Errorf("freeze container %q: %w", c.Key, err))
 	}
 	level := LevelFileSystem

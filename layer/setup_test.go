@@ -88,7 +88,7 @@ type rig struct {
 	o      Options // changed before open
 	holder bool
 	fault  func(string) error
-	fo     fuse.Options
+	mounts []string
 }
 
 func newRig(t testing.TB) *rig {
@@ -153,7 +153,13 @@ func (r *rig) tryOpen() error {
 		r.pool.Close()
 		return err
 	}
-	r.t.Cleanup(r.close)
+	r.t.Cleanup(func() {
+		// Before the serving ends: an unmount needs it.
+		for _, dir := range r.mounts {
+			unix.Unmount(dir, unix.MNT_DETACH)
+		}
+		r.close()
+	})
 	return nil
 }
 
@@ -305,7 +311,7 @@ func (r *rig) mount(name string) string {
 	if err != nil {
 		r.t.Fatalf("mount %s: %v\n%s", a.Link, err, out)
 	}
-	r.t.Cleanup(func() { unix.Unmount(dir, unix.MNT_DETACH) })
+	r.mounts = append(r.mounts, dir)
 	ok(r.t, r.s.NoteMount(ctx, name, dir))
 	return dir
 }
