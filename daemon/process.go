@@ -86,7 +86,7 @@ func hostNamespaces() (state, why string) {
 	mine, err1 := os.Readlink("/proc/self/ns/mnt")
 	host, err2 := os.Readlink("/proc/1/ns/mnt")
 	if err := errors.Join(err1, err2); err != nil {
-		return "unknown", err.Error()
+		return "unknown", "it cannot be told whether the daemon is in the host's mount namespace: " + err.Error()
 	}
 	if mine != host {
 		return "no", fmt.Sprintf("the daemon runs in a mount namespace of its own (%s, process 1 is in %s): start it as a host service", mine, host)

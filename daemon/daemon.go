@@ -1,0 +1,314 @@
+package daemon
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"sync"
+	"time"
+
+	"mica/daemon/api"
+	"mica/daemon/config"
+	"mica/engine/user"
+	"mica/export/fuse"
+	"mica/export/holder"
+	"mica/layer"
+)
+
+// Options of Run.
+type Options struct {
+	Config     config.Config
+	ConfigFile string // that was read; empty: none
+	Version    string
+	// Exe starts this program in another role: Exe followed by "holder SOCKET", "helper" or
+	// "helper loop".
+	Exe []string
+	Log *slog.Logger
+	// Ready, if not nil, is called when the API answers, with what there is to say about it.
+	Ready func(socket string, notes []string)
+}
+
+// holderSocket is the holder's socket in RUN.
+const holderSocket = "holder.sock"
+
+// Time limits of the end.
+const (
+	endOperations = 20 * time.Second // for long work to be undone
+	endRequests   = 5 * time.Second  // for requests to be answered
+)
+
+// A daemon is what Run keeps: the parts from the bottom up, closed in the reverse order.
+type daemon struct {
+	o       Options
+	c       config.Config
+	log     *slog.Logger
+	started time.Time
+	loc     user.Location
+	memory  int64 // limit in bytes
+
+	locks    []*os.File
+	pool     *user.Pool
+	exporter *fuse.Exporter
+	nbd      *nbdServer
+	store    *layer.Store
+	hub      *hub
+	ops      *operations
+	server   *server
+
+	ctx    context.Context // of the background; cancelled by close
+	cancel context.CancelFunc
+	wg     sync.WaitGroup
+	quit   chan struct{} // closed by the shutdown request
+	once   sync.Once
+}
+
+// Run is the daemon's life. It returns nil after ctx was cancelled or a shutdown was asked for
+// and everything was closed in order; otherwise the reason why it could not start or end.
+func Run(ctx context.Context, o Options) (err error) {
+	d := &daemon{o: o, c: o.Config, log: o.Log, started: time.Now(), quit: make(chan struct{})}
+	d.ctx, d.cancel = context.WithCancel(context.Background())
+	defer func() { err = errors.Join(err, d.close()) }()
+	if err := d.open(ctx); err != nil {
+		return err
+	}
+	l, err := listen(d.c.Run, d.c.API.Group)
+	if err != nil {
+		return err
+	}
+	return d.serve(ctx, l)
+}
+
+// open opens the parts from the bottom up.
+func (d *daemon) open(ctx context.Context) error {
+	if err := d.directories(); err != nil {
+		return err
+	}
+	if err := d.lock(ctx); err != nil {
+		return err
+	}
+	var err error
+	d.loc = poolLocation(d.c.Root, d.c.Pool)
+	if d.pool, err = openPool(ctx, d.loc, d.c, d.log); err != nil {
+		return err
+	}
+	st, err := d.pool.Status(ctx)
+	if err != nil {
+		return err
+	}
+	d.memory = limitMemory(d.c.Limits, st.DataBlocks)
+	d.hub = newHub(d.c.Limits.Events, time.Now)
+	d.ops = newOperations(d.c.Limits.Operations, d.hub)
+	helper := append(append([]string{}, d.o.Exe...), "helper")
+	if d.exporter, err = fuse.New(fuse.Options{
+		RunDir: d.c.Run, LinkDir: d.c.Exports.LinkDir,
+		HolderSocket:  d.path(holderSocket),
+		HolderCommand: append(append([]string{}, d.o.Exe...), "holder", d.path(holderSocket)),
+		HelperCommand: append(helper[:len(helper):len(helper)], "loop"),
+		Logger:        d.log,
+	}); err != nil {
+		return err
+	}
+	if d.nbd, err = startNBD(d.c.Run, d.log); err != nil {
+		return err
+	}
+	d.store, err = layer.Open(ctx, layer.Options{
+		Root: d.c.Root, Run: d.c.Run, Pool: d.pool, Exporter: refuseOutside(d.exporter), NBD: d.nbd,
+		BaseSize: int64(d.c.Containers.BaseSize), FSType: d.c.Containers.FileSystem,
+		MountOptions: d.c.Containers.MountOptions, Discard: d.c.Containers.Discard,
+		HelperCommand: helper, HelperTimeout: time.Duration(d.c.Limits.HelperTimeout), StallTimeout: time.Duration(d.c.Limits.StallTimeout),
+		Logger: d.log,
+	})
+	if err != nil {
+		return err
+	}
+	im := &importer{store: d.store, spool: filepath.Join(d.c.Root, "spool")}
+	d.server = newServer(parts{
+		store: d.store, pool: d.pool,
+		importFile: im.file, importStream: im.stream,
+		check:    func(ctx context.Context, op *operation) (api.CheckResult, error) { return checkPool(ctx, d.pool, op) },
+		busy:     nodeUsers,
+		describe: d.describe, describePool: d.describePool,
+		quit: func() { d.once.Do(func() { close(d.quit) }) },
+	}, d.hub, d.ops, d.log)
+	d.background()
+	return nil
+}
+
+func (d *daemon) path(name string) string { return filepath.Join(d.c.Run, name) }
+
+// directories makes ROOT, which nobody else may read, and RUN, which a group may have to pass.
+func (d *daemon) directories() error {
+	for _, v := range []struct {
+		dir  string
+		mode os.FileMode
+	}{
+		{d.c.Root, 0o700}, {filepath.Join(d.c.Root, "spool"), 0o700}, {d.c.Run, 0o711},
+	} {
+		if err := os.MkdirAll(v.dir, v.mode); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// lock takes RUN and ROOT for this daemon.
+func (d *daemon) lock(ctx context.Context) error {
+	me := owner{PID: os.Getpid(), Root: d.c.Root, Run: d.c.Run}
+	for _, dir := range []string{d.c.Run, d.c.Root} {
+		f, err := lockDir(ctx, dir, me, dying)
+		if err != nil {
+			return err
+		}
+		d.locks = append(d.locks, f)
+		if d.c.Run == d.c.Root {
+			break
+		}
+	}
+	return nil
+}
+
+// background starts what runs beside the requests.
+func (d *daemon) background() {
+	poke := make(chan struct{}, 1)
+	d.wg.Go(func() { d.carryPoolEvents(poke) })
+	d.wg.Go(d.carryStoreEvents)
+	x := &extender{pool: d.pool, c: d.c.AutoExtend, log: d.log,
+		host: func() (int64, int64, bool) { return hostSpace(d.loc.DataPath()) },
+		tell: func(kind, object, detail string) { d.hub.publish(kind, object, detail, time.Time{}) }}
+	d.wg.Go(func() { x.run(d.ctx, poke) })
+}
+
+// carryPoolEvents brings the pool's events into the hub, and wakes the extender.
+func (d *daemon) carryPoolEvents(poke chan<- struct{}) {
+	events, cancel := d.pool.Events()
+	defer cancel()
+	for {
+		select {
+		case e, ok := <-events:
+			if !ok {
+				return
+			}
+			d.log.Warn("pool", "event", e.Kind, "detail", e.Detail)
+			d.hub.publish(string(e.Kind), "pool", e.Detail, time.Time{})
+			select {
+			case poke <- struct{}{}:
+			default:
+			}
+		case <-d.ctx.Done():
+			return
+		}
+	}
+}
+
+// carryStoreEvents brings the store's events into the hub.
+func (d *daemon) carryStoreEvents() {
+	events, cancel := d.store.Events(1) // with those of its opening
+	defer cancel()
+	for {
+		select {
+		case e, ok := <-events:
+			if !ok {
+				return
+			}
+			d.hub.publish(e.Kind, e.Object, e.Detail, e.Time)
+		case <-d.ctx.Done():
+			return
+		}
+	}
+}
+
+// serve answers requests until the end is asked for.
+func (d *daemon) serve(ctx context.Context, l net.Listener) error {
+	h := &http.Server{
+		Handler:           d.server,
+		ReadHeaderTimeout: 10 * time.Second,
+		IdleTimeout:       2 * time.Minute,
+		MaxHeaderBytes:    64 << 10,
+		ErrorLog:          slog.NewLogLogger(d.log.Handler(), slog.LevelDebug),
+	}
+	failed := make(chan error, 1)
+	go func() { failed <- h.Serve(l) }()
+	d.hub.publish(api.EventStart, "daemon", fmt.Sprintf("process %d", os.Getpid()), time.Time{})
+	if err := notify("READY=1"); err != nil {
+		d.log.Warn("the service manager could not be told", "error", err)
+	}
+	if d.o.Ready != nil {
+		d.o.Ready(l.Addr().String(), d.notes())
+	}
+	var err error
+	select {
+	case err = <-failed:
+	case <-ctx.Done():
+	case <-d.quit:
+	}
+	notify("STOPPING=1")
+	d.server.closing.Store(true)
+	d.hub.publish(api.EventStop, "daemon", fmt.Sprintf("process %d", os.Getpid()), time.Time{})
+	octx, cancel := context.WithTimeout(context.Background(), endOperations)
+	defer cancel()
+	err = errors.Join(err, d.ops.close(octx))
+	d.hub.close()
+	hctx, cancel := context.WithTimeout(context.Background(), endRequests)
+	defer cancel()
+	if h.Shutdown(hctx) != nil {
+		h.Close() // what still reads is cut off
+	}
+	return err
+}
+
+// close closes the parts that are open, from the top down. What is attached stays with the
+// holder.
+func (d *daemon) close() error {
+	d.cancel()
+	d.wg.Wait()
+	var errs []error
+	add := func(what string, err error) {
+		if err != nil {
+			errs = append(errs, fmt.Errorf("close %s: %w", what, err))
+		}
+	}
+	if d.ops != nil {
+		octx, cancel := context.WithTimeout(context.Background(), endOperations)
+		defer cancel()
+		add("operations", d.ops.close(octx))
+	}
+	if d.store != nil {
+		add("store", d.store.Close()) // and what it serves with the two below
+	}
+	if d.nbd != nil {
+		add("nbd server", d.nbd.close())
+	}
+	if d.exporter != nil {
+		add("exports", d.exporter.Close())
+	}
+	if d.pool != nil {
+		add("pool", d.pool.Close())
+	}
+	select {
+	case <-d.quit:
+		d.endHolder()
+	default:
+	}
+	for _, f := range d.locks {
+		f.Close()
+	}
+	return errors.Join(errs...)
+}
+
+// endHolder lets the holder go when everything is detached. It would end by itself a little
+// later.
+func (d *daemon) endHolder() {
+	c, err := holder.Dial(d.path(holderSocket))
+	if err != nil {
+		return
+	}
+	defer c.Close()
+	if err := c.Quit(false); err != nil && !errors.Is(err, holder.ErrGone) {
+		d.log.Warn("the holder goes on", "error", err)
+	}
+}

@@ -1,0 +1,117 @@
+package daemon
+
+import (
+	"context"
+	"fmt"
+	"path/filepath"
+
+	"golang.org/x/sys/unix"
+
+	"mica/daemon/api"
+	"mica/dev"
+	"mica/export"
+	"mica/export/loop"
+)
+
+// nodeUsers says who uses a loop device that will not go away by itself. It reads /proc and sysfs
+// only, never the device.
+func nodeUsers(node string) []string {
+	n, err := loop.NumberOf(node)
+	if err != nil {
+		return nil
+	}
+	var list []string
+	for _, u := range loop.Users(n) {
+		list = append(list, u.String())
+	}
+	return list
+}
+
+// describePool fills in the paths and what the host has.
+func (d *daemon) describePool(p *api.Pool) {
+	p.Data, p.Metadata = d.loc.DataPath(), d.loc.MetadataPath()
+	if _, free, ok := hostSpace(p.Data); ok {
+		p.HostFreeBytes = free
+	}
+	if x := d.c.AutoExtend; x.Enabled {
+		p.AutoExtend = &api.AutoExtend{ThresholdPercent: int(x.Threshold), StepPercent: int(x.Step), MaxBytes: int64(x.Max)}
+	}
+}
+
+// describe fills in what only the daemon knows.
+func (d *daemon) describe(st *api.Status) {
+	st.Version, st.Started = d.o.Version, d.started.UTC()
+	st.Root, st.Run, st.Config = d.c.Root, d.c.Run, d.o.ConfigFile
+	st.PoolName = filepath.Base(d.c.Root) + "-pool"
+	st.MemoryBytes, st.MemoryLimitBytes = anonymousMemory(), d.memory
+	st.Exports = api.Exports{Kind: d.exporter.Kind(), NBDSocket: d.nbd.path, IOFlusher: isIOFlusher(), HolderPID: peerPID(d.path(holderSocket))}
+	st.Exports.Resend, _ = d.exporter.Restartable()
+	st.Exports.HostNamespaces, _ = hostNamespaces()
+	st.Notes = d.notes()
+	if st.Store.ReadOnly != "" {
+		st.Notes = append(st.Notes, "the store is read-only: "+st.Store.ReadOnly)
+	}
+	if st.Store.BaseError != "" {
+		st.Notes = append(st.Notes, "the base file system could not be made: "+st.Store.BaseError)
+	}
+	if n := len(st.Store.Foreign); n > 0 {
+		st.Notes = append(st.Notes, fmt.Sprintf("%d devices of the pool are foreign: not in the catalog, never touched", n))
+	}
+	p := &st.Pool
+	if p.NeedsCheck || p.FailReason != "" {
+		st.Notes = append(st.Notes, "the pool takes no changes ("+p.FailReason+"): stop the daemon, then run: mica pool check --repair "+d.loc.String())
+	}
+	if promised := p.DataSpaceBytes - max(0, p.HostBytes); p.HostBytes >= 0 && p.HostFreeBytes >= 0 && promised > p.HostFreeBytes {
+		st.Notes = append(st.Notes, fmt.Sprintf("the data file may still grow by %d bytes, its file system has %d free: it can fill up before the pool does", promised, p.HostFreeBytes))
+	}
+}
+
+// notes are what holds for the whole life of the daemon.
+func (d *daemon) notes() []string {
+	var notes []string
+	if ok, why := d.exporter.Restartable(); !ok {
+		notes = append(notes, "the death of the daemon is an I/O error for attached containers: "+why)
+	}
+	if !isIOFlusher() {
+		notes = append(notes, "PR_SET_IO_FLUSHER is not set (CAP_SYS_RESOURCE is missing): under memory pressure I/O may wait for itself")
+	}
+	if state, why := hostNamespaces(); state != "yes" {
+		notes = append(notes, why)
+	}
+	return notes
+}
+
+// peerPID is the process that listens on a Unix socket, 0 if there is none.
+func peerPID(path string) int {
+	fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return 0
+	}
+	defer unix.Close(fd)
+	if unix.Connect(fd, &unix.SockaddrUnix{Name: path}) != nil {
+		return 0
+	}
+	cred, err := unix.GetsockoptUcred(fd, unix.SOL_SOCKET, unix.SO_PEERCRED)
+	if err != nil {
+		return 0
+	}
+	return int(cred.Pid)
+}
+
+// refuseOutside is e on a host, and an exporter that attaches nothing where this process
+// certainly does not see the host's mounts: nodes would be handed out that nobody can watch.
+func refuseOutside(e export.Exporter) export.Exporter {
+	if state, why := hostNamespaces(); state == "no" {
+		return outside{e, why}
+	}
+	return e
+}
+
+type outside struct {
+	export.Exporter
+	why string
+}
+
+func (o outside) Attach(context.Context, string, dev.Device, export.AttachOptions) (export.Attachment, error) {
+	return nil, &api.Error{Code: api.CodeUnsupported, Message: "no block devices are exported here: " + o.why}
+}
