@@ -14,6 +14,10 @@ type CheckOptions struct {
 	SuperblockOnly bool
 	// SkipMappings leaves out the mapping trees, which are most of the metadata.
 	SkipMappings bool
+	// MetadataSnap looks at the trees of the metadata snapshot only and compares no counts: this
+	// may be done while somebody (a kernel, say) has the pool open, as long as the snapshot is
+	// held. ErrNotFound if there is none.
+	MetadataSnap bool
 	// ClearNeedsCheck takes the needs_check mark away if the check is clean.
 	ClearNeedsCheck bool
 	// RepairLeaks lowers counts that are too high to what they must be, if there are no fatal
@@ -143,7 +147,14 @@ func (c *checker) run() error {
 	c.use = make([]use, n)
 	c.info = make([][]nodeInfo, (n+infoPage-1)/infoPage)
 	c.claim(place{where: whereSuper}, useSuper, superblockAt)
-
+	if c.o.MetadataSnap {
+		if c.sb.HeldRoot == 0 {
+			return fmt.Errorf("check the metadata snapshot: none is held: %w", ErrNotFound)
+		}
+		c.rep.Partial = true
+		c.heldRoot()
+		return c.stop
+	}
 	c.dataIndex()
 	c.devices(&c.sb, whereSuper, false)
 	c.exclusiveTimes()

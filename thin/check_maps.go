@@ -24,10 +24,12 @@ func (c *checker) dataIndex() {
 			if k := n.key(i); k != uint64(len(c.index)) {
 				c.fatal(t.at.span(k, k+1), "follows bitmap %d", int64(len(c.index))-1)
 				c.rep.Partial = true
-				if k < uint64(len(c.index)) || k > c.sb.DataMap.NrBlocks/perBitmap {
-					continue
-				}
-				c.index = append(c.index, make([]indexedEntry, k-uint64(len(c.index)))...)
+				continue
+			}
+			if uint64(len(c.index)) == c.meta.n { // before memory is set aside for them
+				c.fatal(t.at, "more bitmaps than metadata blocks")
+				c.rep.Partial = true
+				return
 			}
 			at := place{where: whereDataIdx, block: t.at.block, path: append([]block.Loc(nil), t.at.path...)}
 			c.index = append(c.index, indexedEntry{at, spacemap.DecodeIndexEntry(n.value(i, spacemap.IndexEntrySize))})

@@ -136,7 +136,7 @@ func (c *checker) heldRoot() {
 	if s.MetaBlocksThen > c.sb.MetaMap.NrBlocks {
 		c.warn(at, "was formatted with %d metadata blocks, more than the %d there are now", s.MetaBlocksThen, c.sb.MetaMap.NrBlocks)
 	}
-	c.devices(&s, whereHeld, true)
+	c.devices(&s, whereHeld, !c.o.MetadataSnap)
 }
 
 // A place is where the walk is, for findings.

@@ -81,14 +81,16 @@ func (m *Metadata) Insert(id DevID, entries []Entry) error {
 	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
+	for _, e := range entries {
+		if e.Time > m.sb.Time {
+			return fmt.Errorf("thin %d: insert: time %d is in the future, the pool's is %d", id, e.Time, m.sb.Time)
+		}
+	}
 	d, err := m.changeLocked(id)
 	if err != nil {
 		return err
 	}
 	for _, e := range entries {
-		if e.Time > m.sb.Time {
-			return fmt.Errorf("thin %d: insert: time %d is in the future, the pool's is %d", id, e.Time, m.sb.Time)
-		}
 		if err := m.data.Map(uint64(e.Block)); err != nil {
 			return m.failLocked(fmt.Errorf("thin %d: map block %d: %w", id, e.VBlock, err))
 		}

@@ -181,31 +181,51 @@ func Open(d dev.Device, o OpenOptions) (*Metadata, error) {
 	if m.meta, err = spacemap.OpenMeta(m.tm, m.sb.MetaMap, uint64(d.Size()/block.Size)); err != nil {
 		return nil, err
 	}
+	if n := m.sb.DataMap.NrBlocks; n/spacemap.EntriesPerBitmap > m.meta.Len() {
+		return nil, block.Corruptf(superblockAt, "counts %d data blocks, whose bitmaps do not fit %d metadata blocks", n, m.meta.Len())
+	}
 	if m.data, err = spacemap.OpenData(m.tm, m.sb.DataMap); err != nil {
 		return nil, err
 	}
 	m.trees()
-	roots := map[DevID]block.Loc{}
-	if err := m.top.Walk(m.sb.MappingRoot, 0, func(k uint64, v []byte) bool {
-		roots[DevID(k)] = block.Loc(binary.LittleEndian.Uint64(v))
-		return true
-	}); err != nil {
-		return nil, fmt.Errorf("mapping tree: %w", err)
-	}
-	if err := m.details.Walk(m.sb.DetailsRoot, 0, func(k uint64, v []byte) bool {
-		if root, ok := roots[DevID(k)]; ok {
-			d := &device{Details: decodeDetails(v), root: root}
-			m.devs[DevID(k)] = d
-			m.mapped += d.MappedBlocks
-		}
-		return true
-	}); err != nil {
-		return nil, fmt.Errorf("details tree: %w", err)
-	}
-	if len(m.devs) != len(roots) {
-		return nil, fmt.Errorf("details of %d devices for %d mapping trees: %w", len(m.devs), len(roots), ErrCorrupt)
+	if err := m.loadDevices(); err != nil {
+		return nil, err
 	}
 	return m, nil
+}
+
+// loadDevices reads the two trees of devices, which name the same ids.
+func (m *Metadata) loadDevices() error {
+	var bad error
+	id := func(k uint64) DevID {
+		if k > uint64(MaxDevID) && bad == nil {
+			bad = fmt.Errorf("device id %d does not fit 24 bits: %w", k, ErrCorrupt)
+		}
+		return DevID(k)
+	}
+	roots := map[DevID]block.Loc{}
+	if err := m.top.Walk(m.sb.MappingRoot, 0, func(k uint64, v []byte) bool {
+		roots[id(k)] = block.Loc(binary.LittleEndian.Uint64(v))
+		return bad == nil
+	}); err != nil {
+		return fmt.Errorf("device tree: %w", err)
+	}
+	if err := m.details.Walk(m.sb.DetailsRoot, 0, func(k uint64, v []byte) bool {
+		root, ok := roots[id(k)]
+		if !ok && bad == nil {
+			bad = fmt.Errorf("device %d has details but no mapping tree: %w", k, ErrCorrupt)
+		}
+		d := &device{Details: decodeDetails(v), root: root}
+		m.devs[DevID(k)] = d
+		m.mapped += d.MappedBlocks
+		return bad == nil
+	}); err != nil {
+		return fmt.Errorf("details tree: %w", err)
+	}
+	if bad == nil && len(m.devs) != len(roots) {
+		bad = fmt.Errorf("details of %d devices for %d mapping trees: %w", len(m.devs), len(roots), ErrCorrupt)
+	}
+	return bad
 }
 
 // Close closes the device. It does not commit.

@@ -93,10 +93,18 @@ func (v *View) reader(size int) btree.Reader {
 // Devices lists the devices, by id.
 func (v *View) Devices() ([]DeviceInfo, error) {
 	var list []DeviceInfo
+	var bad error
 	err := v.reader(detailsSize).Walk(v.sb.DetailsRoot, 0, func(k uint64, b []byte) bool {
+		if k > uint64(MaxDevID) {
+			bad = fmt.Errorf("device id %d does not fit 24 bits: %w", k, ErrCorrupt)
+			return false
+		}
 		list = append(list, DeviceInfo{DevID(k), decodeDetails(b)})
 		return true
 	})
+	if err == nil {
+		err = bad
+	}
 	return list, err
 }
 
