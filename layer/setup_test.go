@@ -362,3 +362,5 @@ func wantErr(t testing.TB, err, want error, words ...string) {
 		}
 	}
 }
+
+func quietLogger() *slog.Logger { return slog.New(slog.NewTextHandler(io.Discard, nil)) }

@@ -83,6 +83,8 @@ func getUint(b *bbolt.Bucket, key []byte) (uint64, error) {
 type Tx struct {
 	tx      *bbolt.Tx
 	removed []Removal
+	gone    []string // refs of records that were dropped
+	put     []Record
 }
 
 // Get returns a record; ErrNoRecord if there is none.
@@ -111,12 +113,14 @@ func (t *Tx) Put(r Record) error {
 	if err != nil {
 		return err
 	}
+	t.put = append(t.put, Record{Kind: r.Kind, Key: r.Key, Device: r.Device})
 	return t.tx.Bucket(bucketObjects).Put([]byte(r.Ref()), v)
 }
 
 // Delete drops a record. Its device, if it has one, must get an intent (Remove) in the same step
 // or go to another record; otherwise it becomes foreign.
 func (t *Tx) Delete(kind, key string) error {
+	t.gone = append(t.gone, kind+"/"+key)
 	return t.tx.Bucket(bucketObjects).Delete([]byte(kind + "/" + key))
 }
 

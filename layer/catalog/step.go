@@ -42,6 +42,7 @@ type request struct {
 	err     error
 	made    bool         // the creates are in the pool
 	removed []Removal    // intents that Apply wrote
+	healed  []string     // refs that are broken no longer: gone, or with a new device
 	cleared []thin.DevID // removal intents to drop
 	reserve []thin.DevID // ids to reserve
 	// unreserve are ids that turned out to be somebody else's devices
@@ -341,6 +342,12 @@ func (r *request) apply(tx *bbolt.Tx) error {
 			return err
 		}
 		r.removed = t.removed
+		r.healed = t.gone
+		for _, p := range t.put {
+			if slices.Contains(r.Consume, p.Device) || slices.ContainsFunc(r.Creates, func(c Create) bool { return c.ID == p.Device }) {
+				r.healed = append(r.healed, p.Ref())
+			}
+		}
 	}
 	res := tx.Bucket(bucketReserved)
 	for _, id := range r.unreserve {
@@ -392,6 +399,9 @@ func (c *Catalog) settleLocked(r *request) {
 	}
 	for _, id := range r.cleared {
 		delete(c.taken, id)
+	}
+	for _, ref := range r.healed {
+		delete(c.broken, ref)
 	}
 }
 
