@@ -98,3 +98,40 @@ func TestOwnBlocks(t *testing.T) {
 		t.Fatal(err)
 	}
 }
+
+// Snapshots and transaction id come together or not at all.
+func TestCreateSnapsAt(t *testing.T) {
+	ctx := context.Background()
+	meta, data := dev.NewMem(4<<20), dev.NewMem(64<<16)
+	if err := thin.Format(meta, thin.FormatOptions{DataBlockSize: 64 << 10, DataBlocks: 64}); err != nil {
+		t.Fatal(err)
+	}
+	p, err := New(meta, data, Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer p.Close()
+	if err := p.CreateThin(ctx, 1); err != nil {
+		t.Fatal(err)
+	}
+	before, _ := p.Status(ctx)
+	if err := p.CreateSnapsAt(ctx, []engine.SnapPair{{ID: 2, Origin: 1}, {ID: 3, Origin: 1}}, 0, 7); err != nil {
+		t.Fatal(err)
+	}
+	after, _ := p.Status(ctx)
+	if after.TransactionID != 7 || after.Devices != 3 || after.Commits != before.Commits+1 {
+		t.Errorf("status %+v", after)
+	}
+	for _, pairs := range [][]engine.SnapPair{{{ID: 4, Origin: 1}, {ID: 5, Origin: 2}}, {{ID: 4, Origin: 1}, {ID: 3, Origin: 1}}} {
+		old := uint64(7)
+		if pairs[1].ID == 5 {
+			old = 6 // wrong
+		}
+		if err := p.CreateSnapsAt(ctx, pairs, old, 8); err == nil {
+			t.Errorf("%v at %d was accepted", pairs, old)
+		}
+		if st, _ := p.Status(ctx); st.TransactionID != 7 || st.Devices != 3 {
+			t.Errorf("status %+v after a refusal", st)
+		}
+	}
+}

@@ -18,19 +18,30 @@ func (p *Pool) CreateSnap(ctx context.Context, id, origin thin.DevID) error {
 // CreateSnaps takes several snapshots at one moment: writes to their origins are held back, reads
 // are not, while pending mappings go into the trees and each tree gets one more reference.
 func (p *Pool) CreateSnaps(ctx context.Context, pairs []engine.SnapPair) error {
+	return p.createSnaps(pairs, func() error { return nil })
+}
+
+// CreateSnapsAt is CreateSnaps and SetTransactionID in one commit: all of it or nothing.
+func (p *Pool) CreateSnapsAt(ctx context.Context, pairs []engine.SnapPair, old, next uint64) error {
+	return p.createSnaps(pairs, func() error { return p.meta.SetTransactionID(old, next) })
+}
+
+// createSnaps takes snapshots in one transaction with what then does. If then refuses, there are no
+// snapshots either.
+func (p *Pool) createSnaps(pairs []engine.SnapPair, then func() error) error {
 	if len(pairs) == 0 {
 		return nil
 	}
 	if err := p.writable(); err != nil {
 		return fmt.Errorf("create snapshot %d of thin %d: %w", pairs[0].ID, pairs[0].Origin, err)
 	}
-	gen, err := p.snapshot(pairs)
+	gen, err := p.snapshot(pairs, then)
 	if errors.Is(err, thin.ErrNoMetaSpace) && p.failed() == nil {
 		// A commit may free metadata blocks.
 		if err := p.commitNow(); err != nil {
 			return err
 		}
-		gen, err = p.snapshot(pairs)
+		gen, err = p.snapshot(pairs, then)
 	}
 	if err != nil {
 		return err
@@ -39,7 +50,7 @@ func (p *Pool) CreateSnaps(ctx context.Context, pairs []engine.SnapPair) error {
 }
 
 // snapshot takes the snapshots in memory and returns the generation that holds them.
-func (p *Pool) snapshot(pairs []engine.SnapPair) (gen uint64, err error) {
+func (p *Pool) snapshot(pairs []engine.SnapPair, then func() error) (gen uint64, err error) {
 	for {
 		frozen := p.openOrigins(pairs)
 		for _, d := range frozen {
@@ -53,7 +64,7 @@ func (p *Pool) snapshot(pairs []engine.SnapPair) (gen uint64, err error) {
 		same := slices.Equal(frozen, p.openOrigins(pairs))
 		if same {
 			gen = p.commits.open.Load()
-			err = p.snapshotLocked(pairs, frozen)
+			err = p.snapshotLocked(pairs, frozen, then)
 		}
 		p.applyMu.Unlock()
 		for _, d := range frozen {
@@ -79,7 +90,7 @@ func (p *Pool) openOrigins(pairs []engine.SnapPair) []*device {
 }
 
 // snapshotLocked does the work while no writer of an origin is about. The caller holds applyMu.
-func (p *Pool) snapshotLocked(pairs []engine.SnapPair, frozen []*device) error {
+func (p *Pool) snapshotLocked(pairs []engine.SnapPair, frozen []*device, then func() error) error {
 	if err := p.checkPairs(pairs); err != nil {
 		return err
 	}
@@ -91,8 +102,13 @@ func (p *Pool) snapshotLocked(pairs []engine.SnapPair, frozen []*device) error {
 	if !p.meta.CanAdmit(int(p.pending.Load())+2*len(pairs), false) {
 		return fmt.Errorf("create snapshot %d of thin %d: %w", pairs[0].ID, pairs[0].Origin, thin.ErrNoMetaSpace)
 	}
-	for i, s := range pairs {
-		err := p.meta.CreateSnap(s.ID, s.Origin)
+	for i := 0; i <= len(pairs); i++ {
+		var err error
+		if i < len(pairs) {
+			err = p.meta.CreateSnap(pairs[i].ID, pairs[i].Origin)
+		} else {
+			err = then()
+		}
 		if err == nil {
 			continue
 		}
