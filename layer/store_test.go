@@ -14,8 +14,6 @@ import (
 	"github.com/google/go-cmp/cmp"
 )
 
-func serveRole(string) error { return errors.New("later") }
-
 // The whole life of layers and containers on a real pool, with the numbers of each step.
 func TestLife(t *testing.T) {
 	r := newRig(t)

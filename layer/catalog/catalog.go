@@ -46,6 +46,11 @@ type Pool interface {
 	Status(ctx context.Context) (engine.Status, error)
 }
 
+// A stepPool makes snapshots and sets the transaction id in one commit, all or nothing.
+type stepPool interface {
+	CreateSnapsAt(ctx context.Context, pairs []engine.SnapPair, old, next uint64) error
+}
+
 // Options say how a catalog is opened.
 type Options struct {
 	Path string

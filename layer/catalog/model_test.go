@@ -47,7 +47,11 @@ type world struct {
 	log     []string
 	serial  int
 	hits    map[string]int
+	plain   bool // snapshots and transaction id are two commits
 }
+
+// plainPool hides what a pool can do beyond Pool.
+type plainPool struct{ Pool }
 
 func (w *world) open() error {
 	w.fault = ""
@@ -55,7 +59,11 @@ func (w *world) open() error {
 }
 
 func (w *world) openFault() error {
-	c, err := Open(context.Background(), Options{Path: w.path, Pool: w.pool, Logger: quiet(), Fault: w.crashAt})
+	var pool Pool = w.pool
+	if w.plain {
+		pool = plainPool{w.pool}
+	}
+	c, err := Open(context.Background(), Options{Path: w.path, Pool: pool, Logger: quiet(), Fault: w.crashAt})
 	if err == nil {
 		w.cat = c
 	}
@@ -296,12 +304,19 @@ func newWorld(t *testing.T, seed uint64) *world {
 // Random operations with a crash at every named point, again and again; after each reopen the
 // rule must hold.
 func TestModelWithCrashes(t *testing.T) {
+	for _, plain := range []bool{false, true} {
+		t.Run(fmt.Sprintf("plain=%v", plain), func(t *testing.T) { modelWithCrashes(t, plain) })
+	}
+}
+
+func modelWithCrashes(t *testing.T, plain bool) {
 	seed := *modelSeed
 	if seed == 0 {
 		seed = uint64(time.Now().UnixNano())
 	}
 	t.Logf("seed %d", seed)
 	w := newWorld(t, seed)
+	w.plain = plain
 	w.arm("open:before-init", 1)
 	if err := w.openFault(); !errors.Is(err, errCrash) {
 		t.Fatalf("open: %v, want a crash", err)

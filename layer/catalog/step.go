@@ -162,12 +162,14 @@ func (c *Catalog) commitLoop() {
 // commit carries out a batch and answers every request of it.
 func (c *Catalog) commit(batch []*request) {
 	ctx := context.WithoutCancel(c.ctx) // a step that was begun is finished, also during Close
-	live := c.createAll(ctx, batch)
 	c.mu.Lock()
 	txid := c.txid
 	c.mu.Unlock()
-	next := txid
-	if slices.ContainsFunc(live, func(r *request) bool { return !r.FileOnly }) {
+	live, next := c.createAll(ctx, batch, txid)
+	if len(live) == 0 && next == txid {
+		return
+	}
+	if next == txid && slices.ContainsFunc(live, func(r *request) bool { return !r.FileOnly }) {
 		if c.fault("step:before-txid") != nil {
 			c.fail(live, c.ReadOnly())
 			return
@@ -208,7 +210,8 @@ func (c *Catalog) commit(batch []*request) {
 }
 
 // createAll makes the devices of a batch and answers the requests whose devices cannot be made.
-func (c *Catalog) createAll(ctx context.Context, batch []*request) (live []*request) {
+// next is the pool's transaction id then: where the pool can, it goes up in the same commit.
+func (c *Catalog) createAll(ctx context.Context, batch []*request, txid uint64) (live []*request, next uint64) {
 	var pairs []engine.SnapPair
 	single := false
 	for _, r := range batch {
@@ -217,20 +220,34 @@ func (c *Catalog) createAll(ctx context.Context, batch []*request) (live []*requ
 			single = single || cr.Origin == 0
 		}
 	}
-	if len(pairs) > 0 {
-		if c.fault("step:before-create") != nil {
-			c.fail(batch, c.ReadOnly())
-			return nil
-		}
+	next = txid
+	if len(pairs) > 0 && c.fault("step:before-create") != nil {
+		c.fail(batch, c.ReadOnly())
+		return nil, next
 	}
 	if len(pairs) > 0 && !single {
-		if err := c.pool.CreateSnaps(ctx, pairs); err == nil {
+		var err error
+		sp, one := c.pool.(stepPool)
+		if one {
+			err = sp.CreateSnapsAt(ctx, pairs, txid, txid+1)
+		} else {
+			err = c.pool.CreateSnaps(ctx, pairs)
+		}
+		switch {
+		case err == nil:
 			for _, r := range batch {
 				r.made = len(r.Creates) > 0
 			}
-		} else if len(batch) == 1 {
+			if one {
+				next++
+			}
+		case errors.Is(err, engine.ErrFailed): // whether they exist is not known
+			c.setReadOnly(err)
+			c.fail(batch, err)
+			return nil, next
+		case len(batch) == 1:
 			c.failCreate(ctx, batch[0], err)
-			return nil
+			return nil, next
 		}
 	}
 	for _, r := range batch {
@@ -245,14 +262,14 @@ func (c *Catalog) createAll(ctx context.Context, batch []*request) (live []*requ
 	}
 	if len(pairs) > 0 && c.fault("step:after-create") != nil {
 		c.fail(live, c.ReadOnly())
-		return nil
+		return nil, txid
 	}
 	for _, r := range live {
 		if r.Created != nil {
 			r.Created(nil)
 		}
 	}
-	return live
+	return live, next
 }
 
 // createOne makes the devices of one request, all or none.

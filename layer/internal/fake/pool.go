@@ -113,6 +113,20 @@ func (p *Pool) CreateSnaps(_ context.Context, pairs []engine.SnapPair) error {
 	return nil
 }
 
+// CreateSnapsAt is CreateSnaps and SetTransactionID in one step.
+func (p *Pool) CreateSnapsAt(ctx context.Context, pairs []engine.SnapPair, old, next uint64) error {
+	p.mu.Lock()
+	cur := p.txid
+	p.mu.Unlock()
+	if cur != old {
+		return fmt.Errorf("transaction id is %d, not %d", cur, old)
+	}
+	if err := p.CreateSnaps(ctx, pairs); err != nil {
+		return err
+	}
+	return p.SetTransactionID(ctx, old, next)
+}
+
 func (p *Pool) Delete(_ context.Context, id thin.DevID) error {
 	if err := p.fail("delete"); err != nil {
 		return err
