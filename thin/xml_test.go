@@ -293,7 +293,7 @@ func TestRestoreOverwritesOnlyByForce(t *testing.T) {
 func TestRestoreRunsOut(t *testing.T) {
 	p := newTestPool(t, 3, 8192, 60000)
 	p.create(1)
-	p.insert(1, 0, 50000, 3)
+	p.insert(1, 0, 30000, 3)
 	for id := DevID(2); id < 20; id++ {
 		p.create(id)
 	}
@@ -301,7 +301,7 @@ func TestRestoreRunsOut(t *testing.T) {
 	var xml bytes.Buffer
 	p.must(Dump(p.mem, &xml, DumpOptions{}))
 	failed, fit := 0, 0
-	for blocks := int64(16); blocks < 1024; blocks += blocks / 9 {
+	for blocks := int64(16); blocks < 1024; blocks += blocks / 3 {
 		mem := dev.NewMem(blocks * 4096)
 		err := Restore(bytes.NewReader(xml.Bytes()), mem, RestoreOptions{step: 10000})
 		switch {

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"flag"
 	"fmt"
+	"maps"
 	"math/rand"
 	"slices"
 	"testing"
@@ -288,7 +289,7 @@ func (m *mapsTest) dataStep() {
 			m.reserved[b] = true
 		}
 	case n < 6:
-		for b := range m.reserved {
+		for _, b := range slices.Sorted(maps.Keys(m.reserved)) {
 			if m.rng.Intn(4) == 0 {
 				m.data.Unreserve(b, 1)
 			} else {
@@ -298,10 +299,11 @@ func (m *mapsTest) dataStep() {
 			delete(m.reserved, b)
 		}
 	default:
-		left := 50
-		for b := range m.counts {
-			if left--; left < 0 {
-				break
+		have := slices.Sorted(maps.Keys(m.counts))
+		for range min(50, len(have)) {
+			b := have[m.rng.Intn(len(have))]
+			if m.counts[b] == 0 {
+				continue // went a moment ago
 			}
 			if m.rng.Intn(2) == 0 {
 				for range 1 + m.rng.Intn(4)*m.rng.Intn(100) {
@@ -336,9 +338,12 @@ func TestSpaceMapsAgainstModel(t *testing.T) {
 				}
 				switch m.rng.Intn(8) {
 				case 0:
-					m.data.Grow(m.data.Space().Total + uint64(m.rng.Intn(20000)))
+					m.data.Grow(m.data.Space().Total + uint64(5000+m.rng.Intn(15000)))
 				case 1:
-					n := m.meta.Len() + uint64(m.rng.Intn(9000))
+					if m.meta.Len() > 50000 {
+						break
+					}
+					n := m.meta.Len() + uint64(4000+m.rng.Intn(5000))
 					m.must(m.d.Resize(int64(n) * block.Size))
 					m.meta.Grow(n)
 				case 2:
