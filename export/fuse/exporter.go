@@ -131,6 +131,7 @@ type record struct {
 	SectorSize int         `json:"sector_size"`
 	ReadOnly   bool        `json:"read_only"`
 	Kernel     features    `json:"kernel"`
+	Helper     int         `json:"helper,omitempty"` // process that makes the loop device; until live
 }
 
 const recordVersion = 1
@@ -234,6 +235,7 @@ func (e *Exporter) attach(ctx context.Context, name string, d dev.Device, o expo
 	a.rec.Kernel = a.s.kernel
 
 	if e.held(a.rec) {
+		a.rec.Helper = e.ops.pid()
 		if err := e.keep.put(name, a.rec, fd); err != nil {
 			return nil, err
 		}
@@ -247,7 +249,7 @@ func (e *Exporter) attach(ctx context.Context, name string, d dev.Device, o expo
 		return nil, err
 	}
 	e.reap.used(a.rec.Loop)
-	a.rec.Live = true
+	a.rec.Live, a.rec.Helper = true, 0
 	if e.held(a.rec) {
 		err = e.keep.put(name, a.rec, fd)
 	}

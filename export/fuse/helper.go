@@ -6,10 +6,12 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"hash/fnv"
 	"io"
 	"log/slog"
 	"os"
 	"os/exec"
+	"runtime"
 	"sync"
 	"syscall"
 	"time"
@@ -68,6 +70,14 @@ func RunHelper(ctx context.Context, in io.Reader, out io.Writer) error {
 	if err := unix.Chdir("/"); err != nil {
 		return fmt.Errorf("helper: %w", err)
 	}
+	// The runtime makes its poller's descriptors when they are first needed. That must be now,
+	// and not in a thread that has a table of its own.
+	r, w, err := os.Pipe()
+	if err != nil {
+		return fmt.Errorf("helper: %w", err)
+	}
+	r.Close()
+	w.Close()
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	var mu sync.Mutex // of out and calls
@@ -90,7 +100,19 @@ func RunHelper(ctx context.Context, in io.Reader, out io.Writer) error {
 		calls[c.ID] = stop
 		mu.Unlock()
 		go func() {
-			r := perform(cctx, c)
+			// The thread gets a table of descriptors of its own and ends with the call, so that
+			// a process that is killed while one call waits for a device does not keep the
+			// descriptors of the others open until then.
+			runtime.LockOSThread()
+			unshare := unix.Unshare(unix.CLONE_FILES)
+			r := result{ID: c.ID, Code: "error", Error: fmt.Sprint("unshare descriptors: ", unshare)}
+			if unshare == nil {
+				if c.Attach != nil {
+					setThreadName(callTag(c.Attach.Backing))
+				}
+				r = perform(cctx, c)
+				setThreadName("mica-helper") // the first thread does not end
+			}
 			b, err := json.Marshal(r)
 			if err != nil {
 				panic(err) // strings and numbers only
@@ -104,6 +126,13 @@ func RunHelper(ctx context.Context, in io.Reader, out io.Writer) error {
 	}
 	// Calls that still run end with the process: nobody waits for them.
 	return lines.Err()
+}
+
+// callTag names the thread that makes an attach, so that clean can see whether it still does.
+func callTag(backing string) string {
+	h := fnv.New32a()
+	io.WriteString(h, backing)
+	return fmt.Sprintf("mica-%08x", h.Sum32())
 }
 
 func perform(ctx context.Context, c call) result {
@@ -162,7 +191,7 @@ func (h *helperOps) startLocked() error {
 	}
 	cmd := exec.Command(h.argv[0], h.argv[1:]...)
 	cmd.Dir = "/"
-	cmd.Stderr = nil
+	cmd.Stderr = os.Stderr
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
 	in, err := cmd.StdinPipe()
 	if err != nil {
@@ -273,6 +302,16 @@ func (h *helperOps) sendLocked(c call) error {
 		return fmt.Errorf("%w: %w", errHelperGone, err)
 	}
 	return nil
+}
+
+// pid starts the helper if need be.
+func (h *helperOps) pid() int {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if h.startLocked() != nil {
+		return 0
+	}
+	return h.cmd.Process.Pid
 }
 
 func (h *helperOps) attach(ctx context.Context, c loop.Config) (loop.Device, error) {

@@ -29,6 +29,8 @@ func TestMain(m *testing.M) {
 			err = holder.Run(context.Background(), os.Args[2])
 		case "role-helper":
 			err = RunHelper(context.Background(), os.Stdin, os.Stdout)
+		case "role-churn":
+			err = churnRole(os.Args[2])
 		case "role-serve":
 			err = serveRole(os.Args[2], os.Args[3], os.Args[4:])
 		default:

@@ -18,6 +18,8 @@ type ops interface {
 	attach(ctx context.Context, c loop.Config) (loop.Device, error)
 	resize(ctx context.Context, a resizeArgs) error
 	detach(ctx context.Context, a detachArgs) error
+	// pid is the process that makes the calls, 0 if it is this one.
+	pid() int
 	close() error
 }
 
@@ -36,6 +38,8 @@ type detachArgs struct {
 type localOps struct{}
 
 func (localOps) close() error { return nil }
+
+func (localOps) pid() int { return 0 }
 
 func (localOps) attach(ctx context.Context, c loop.Config) (loop.Device, error) {
 	return loop.Attach(ctx, c)

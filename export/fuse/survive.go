@@ -9,6 +9,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"time"
 
 	"mica/dev"
 	"mica/export"
@@ -46,7 +47,7 @@ func version(release string) (major, minor int) {
 }
 
 // Survivors lists what a dead predecessor served and this exporter does not yet.
-func (e *Exporter) Survivors(context.Context) ([]string, error) {
+func (e *Exporter) Survivors(ctx context.Context) ([]string, error) {
 	if e.keep == nil {
 		return nil, nil
 	}
@@ -54,11 +55,18 @@ func (e *Exporter) Survivors(context.Context) ([]string, error) {
 	if err != nil {
 		return nil, fmt.Errorf("survivors: %w", err)
 	}
-	e.mu.Lock()
-	defer e.mu.Unlock()
 	var names []string
-	for name := range all {
-		if _, mine := e.atts[name]; !mine {
+	for name, rec := range all {
+		e.mu.Lock()
+		_, mine := e.atts[name]
+		e.mu.Unlock()
+		switch {
+		case mine:
+		case rec.Version == recordVersion && !rec.Live:
+			if err := e.Drop(ctx, name); err != nil && !errors.Is(err, export.ErrNotFound) && !errors.Is(err, export.ErrExists) {
+				return nil, fmt.Errorf("survivors: %w", err)
+			}
+		default:
 			names = append(names, name)
 		}
 	}
@@ -66,7 +74,9 @@ func (e *Exporter) Survivors(context.Context) ([]string, error) {
 	return names, nil
 }
 
-// Adopt takes a survivor's connection from the holder and serves it from d.
+// Adopt takes a survivor's connection from the holder and serves it from d. If the survivor was
+// being detached when its server died and is gone by now, the error is export.ErrNotFound, and
+// the name is free.
 func (e *Exporter) Adopt(ctx context.Context, name string, d dev.Device) (export.Attachment, error) {
 	if err := e.claim(name); err != nil {
 		return nil, fmt.Errorf("adopt %q: %w", name, err)
@@ -101,7 +111,13 @@ func (e *Exporter) adopt(name string, d dev.Device) (_ *attachment, err error) {
 		}
 	}()
 	switch b := loop.Backing(rec.Loop.Number); {
-	case !rec.Live || b != e.backing(name):
+	case !rec.Live || gone(rec, e.backing(name)):
+		// Its detach was under way when the predecessor died.
+		if err := e.dropSurvivor(name, rec); err != nil {
+			return nil, err
+		}
+		return nil, fmt.Errorf("%s is no longer on its file: %w", rec.Loop.Node, export.ErrNotFound)
+	case b != e.backing(name):
 		return nil, fmt.Errorf("%s is on %q, not %q: drop it", rec.Loop.Node, b, e.backing(name))
 	case d.Size() < rec.Size:
 		return nil, fmt.Errorf("device of %d bytes, the node has %d", d.Size(), rec.Size)
@@ -170,6 +186,11 @@ func (e *Exporter) dropSurvivor(name string, rec record) error {
 	if err := e.keep.drop(name); err != nil {
 		return err
 	}
+	if rec.Helper != 0 {
+		// It may be about to put a loop device on the file. The end of the connection lets it go.
+		abort(e.mountDir(name))
+		waitGone(rec.Helper, callTag(e.backing(name)), helperWait)
+	}
 	err := e.removeMount(name)
 	if rec.Loop.Node != "" && loop.Backing(rec.Loop.Number) != "" {
 		// Its mount was detached lazily, so that it was not found by its file.
@@ -191,12 +212,16 @@ func (e *Exporter) clean() error {
 		}
 	}
 	for name, rec := range known {
-		if rec.Version == recordVersion && !rec.Live {
-			if err := e.dropSurvivor(name, rec); err != nil {
-				return err
-			}
-			delete(known, name)
+		if rec.Version != recordVersion {
+			continue // somebody else's; the caller sees it among the survivors
 		}
+		if rec.Live && !gone(rec, e.backing(name)) {
+			continue
+		}
+		if err := e.dropSurvivor(name, rec); err != nil {
+			return err
+		}
+		delete(known, name)
 	}
 	dirs, err := os.ReadDir(e.dir)
 	if err != nil {
@@ -217,13 +242,47 @@ func (e *Exporter) clean() error {
 	return err
 }
 
+// gone reports whether the loop device of a record was detached. A file of another path but the
+// same name is ours, its mount detached lazily.
+func gone(r record, backing string) bool {
+	now := loop.Backing(r.Loop.Number)
+	return now != backing && filepath.Base(now) != diskName
+}
+
+// helperWait is how long clean waits for the helper of a predecessor, which is dying too.
+const helperWait = 3 * time.Second
+
+// waitGone waits until no thread of a helper makes the call of that tag any more.
+func waitGone(pid int, tag string, limit time.Duration) {
+	for deadline := time.Now().Add(limit); time.Now().Before(deadline); <-time.After(time.Millisecond) {
+		task := fmt.Sprintf("/proc/%d/task", pid)
+		threads, _ := os.ReadDir(task)
+		if !slices.ContainsFunc(threads, func(t os.DirEntry) bool {
+			b, err := os.ReadFile(filepath.Join(task, t.Name(), "stat"))
+			// "tid (name) S ...", Z or X when it has ended
+			_, rest, found := strings.Cut(string(b), "("+tag+") ")
+			return err == nil && found && !strings.HasPrefix(rest, "Z") && !strings.HasPrefix(rest, "X")
+		}) {
+			return
+		}
+	}
+}
+
 // cleanDir removes a mount point that is nobody's, and loop devices on it.
 func (e *Exporter) cleanDir(name string) error {
 	dir := e.mountDir(name)
-	if _, err := os.Lstat(dir); os.IsNotExist(err) && !mounted(dir) {
-		return nil
+	if !mounted(dir) { // stat would ask a server that may be gone
+		if _, err := os.Lstat(dir); os.IsNotExist(err) {
+			return nil
+		}
 	}
 	e.o.Logger.Warn("clear away the rest of an attachment", "name", name)
+	if e.keep != nil {
+		// The holder may have read a dead predecessor's last message only now.
+		if err := e.keep.drop(name); err != nil {
+			return err
+		}
+	}
 	return e.removeMount(name)
 }
 

@@ -165,6 +165,43 @@ func TestKeepsOpenFile(t *testing.T) {
 	}
 }
 
+// TestLastMessage: what a process sent before it died is seen by the next one.
+func TestLastMessage(t *testing.T) {
+	socket, _ := inProcess(t, time.Minute)
+	fd := memFile(t, "x")
+	defer unix.Close(fd)
+	for i := range 200 {
+		raw, err := net.DialUnix("unixpacket", nil, &net.UnixAddr{Name: socket, Net: "unixpacket"})
+		if err != nil {
+			t.Fatal(err)
+		}
+		for j := range 5 {
+			if err := send(raw, message{Op: "put", Name: fmt.Sprintf("%d-%d", i, j)}, fd); err != nil {
+				t.Fatal(err)
+			}
+		}
+		raw.Close()
+		c, err := Dial(socket)
+		if err != nil {
+			t.Fatal(err)
+		}
+		l, err := c.List()
+		if err != nil {
+			t.Fatal(err)
+		}
+		// The connection may be broken by our not reading the answers, after the first message.
+		if len(l) == 0 || !strings.HasPrefix(l[0].Name, fmt.Sprint(i)) {
+			t.Fatalf("round %d: %v", i, l)
+		}
+		for _, e := range l {
+			if err := c.Drop(e.Name); err != nil {
+				t.Fatal(err)
+			}
+		}
+		c.Close()
+	}
+}
+
 func TestList(t *testing.T) {
 	socket, _ := inProcess(t, time.Minute)
 	c := dial(t, socket)

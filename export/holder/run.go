@@ -35,12 +35,12 @@ type holder struct {
 	idle time.Duration
 
 	mu      sync.Mutex
-	entries map[string]entry       // guarded by mu
-	conns   map[*net.UnixConn]bool // guarded by mu
-	timer   *time.Timer            // guarded by mu; runs while there is nothing to do
-	stopped bool                   // guarded by mu
-	quit    chan struct{}          // closed by stop
-	wg      sync.WaitGroup         // connections
+	entries map[string]entry                // guarded by mu
+	conns   map[*net.UnixConn]chan struct{} // guarded by mu; closed when its last message is done
+	timer   *time.Timer                     // guarded by mu; runs while there is nothing to do
+	stopped bool                            // guarded by mu
+	quit    chan struct{}                   // closed by stop
+	wg      sync.WaitGroup                  // connections
 }
 
 type entry struct {
@@ -78,7 +78,7 @@ func run(ctx context.Context, socket string, idle time.Duration, process bool) e
 		}
 	}
 
-	h := &holder{idle: idle, entries: make(map[string]entry), conns: make(map[*net.UnixConn]bool), quit: make(chan struct{})}
+	h := &holder{idle: idle, entries: make(map[string]entry), conns: make(map[*net.UnixConn]chan struct{}), quit: make(chan struct{})}
 	h.timer = time.AfterFunc(idle, h.expire)
 	h.wg.Add(1)
 	go h.accept(l)
@@ -192,7 +192,7 @@ func (h *holder) accept(l *net.UnixListener) {
 			c.Close()
 			continue
 		}
-		h.conns[c] = true
+		h.conns[c] = make(chan struct{})
 		h.touchLocked()
 		h.wg.Add(1)
 		h.mu.Unlock()
@@ -239,6 +239,7 @@ func (h *holder) serve(c *net.UnixConn) {
 		c.Close()
 		h.mu.Lock()
 		defer h.mu.Unlock()
+		close(h.conns[c])
 		delete(h.conns, c)
 		if !h.stopped {
 			h.touchLocked()
@@ -258,6 +259,9 @@ func (h *holder) serve(c *net.UnixConn) {
 		if err != nil {
 			return
 		}
+		if m.Op == "list" || m.Op == "get" {
+			h.drain(c)
+		}
 		a, out := h.handle(m, fd)
 		err = send(c, a, out)
 		if err != nil {
@@ -268,6 +272,41 @@ func (h *holder) serve(c *net.UnixConn) {
 			return
 		}
 	}
+}
+
+// drain waits until the last messages of peers that are gone are done, so that whoever asks what
+// is held sees what a dead process had put.
+func (h *holder) drain(self *net.UnixConn) {
+	h.mu.Lock()
+	var wait []chan struct{}
+	for c, done := range h.conns {
+		if c != self && hungUp(c) {
+			wait = append(wait, done)
+		}
+	}
+	h.mu.Unlock()
+	for _, done := range wait {
+		select {
+		case <-done:
+		case <-time.After(answerTime / 4):
+			return
+		}
+	}
+}
+
+// hungUp reports whether the other end of c is closed, whatever is still to be read.
+func hungUp(c *net.UnixConn) bool {
+	raw, err := c.SyscallConn()
+	if err != nil {
+		return false
+	}
+	hup := false
+	raw.Control(func(fd uintptr) {
+		p := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLRDHUP}}
+		n, err := unix.Poll(p, 0)
+		hup = err == nil && n == 1 && p[0].Revents&(unix.POLLRDHUP|unix.POLLHUP|unix.POLLERR) != 0
+	})
+	return hup
 }
 
 // handle does one message. It owns fd. out is the descriptor to send back, still ours.

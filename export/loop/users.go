@@ -37,10 +37,11 @@ func (u User) String() string {
 // UserList is everything that keeps a device busy, as far as it can be seen.
 type UserList []User
 
-// settled: at least one of them will not go away by itself.
+// settled: at least one of them will not go away by itself. A mount that only another namespace
+// has may: whoever starts in a new namespace gets a copy of every mount, and helpers drop it.
 func (l UserList) settled() bool {
 	for _, u := range l {
-		if u.Mount != "" || u.Holder != "" || u.Swap {
+		if u.Mount != "" && u.PID == 0 || u.Holder != "" || u.Swap {
 			return true
 		}
 	}
@@ -122,13 +123,27 @@ func comm(pid string) string {
 	return strings.TrimSpace(string(b))
 }
 
-// hasOpen reports whether a process has a block device open. It looks at link texts first and
-// stats only those under /dev, so that it never waits for a remote file system.
+// hasOpen reports whether a process has a block device open. The descriptors of a process that
+// was killed and waits for I/O are those of its last threads.
 func hasOpen(pid string, dev uint64, node string) bool {
-	dir := "/proc/" + pid + "/fd"
+	if listed, open := opens("/proc/"+pid+"/fd", dev, node); listed {
+		return open
+	}
+	tasks, _ := os.ReadDir("/proc/" + pid + "/task")
+	for _, t := range tasks {
+		if _, open := opens("/proc/"+pid+"/task/"+t.Name()+"/fd", dev, node); open {
+			return true
+		}
+	}
+	return false
+}
+
+// opens looks at link texts first and stats only those under /dev, so that it never waits for a
+// remote file system. listed is false if the directory shows no descriptors at all.
+func opens(dir string, dev uint64, node string) (listed, open bool) {
 	fds, err := os.ReadDir(dir)
-	if err != nil {
-		return false
+	if err != nil || len(fds) == 0 {
+		return false, false
 	}
 	for _, fd := range fds {
 		path := filepath.Join(dir, fd.Name())
@@ -137,14 +152,14 @@ func hasOpen(pid string, dev uint64, node string) bool {
 			continue
 		}
 		if to == node {
-			return true
+			return true, true
 		}
 		var st unix.Stat_t
 		if unix.Stat(path, &st) == nil && st.Mode&unix.S_IFMT == unix.S_IFBLK && st.Rdev == dev {
-			return true
+			return true, true
 		}
 	}
-	return false
+	return true, false
 }
 
 // mountsOf lists the mount points in pid's mount namespace that are on device id ("7:3"). Btrfs
