@@ -10,6 +10,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -267,6 +268,47 @@ func TestBusy(t *testing.T) {
 	time.AfterFunc(100*time.Millisecond, func() { f.Close() })
 	if err := detach(10 * time.Second); err != nil {
 		t.Error(err)
+	}
+}
+
+// TestMountElsewhere: a process that starts in a mount namespace of its own has a copy of every
+// mount until it drops it or ends; a detach waits for that, and names it if it stays.
+func TestMountElsewhere(t *testing.T) {
+	needRoot(t)
+	path := backingFile(t, 16<<20)
+	d := attach(t, Config{Backing: path})
+	dir := filepath.Dir(path) + "/mnt"
+	for _, c := range [][]string{{"mkfs.ext4", "-q", d.Node}, {"mkdir", dir}, {"mount", d.Node, dir}} {
+		if out, err := exec.Command(c[0], c[1:]...).CombinedOutput(); err != nil {
+			t.Fatalf("%q: %v: %s", c, err, out)
+		}
+	}
+	other := exec.Command("sleep", "30")
+	other.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNS}
+	if err := other.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { other.Process.Kill(); other.Wait(); unix.Unmount(dir, unix.MNT_DETACH) })
+	detach := func(wait time.Duration) error {
+		return Detach(context.Background(), d, DetachOptions{Backing: path, Wait: wait})
+	}
+	begin := time.Now()
+	if err := detach(time.Minute); !errors.Is(err, ErrBusy) || !strings.Contains(err.Error(), "mounted on "+dir) {
+		t.Errorf("mounted here: %v", err)
+	}
+	if time.Since(begin) > 30*time.Second {
+		t.Error("waited for a mount of its own namespace")
+	}
+	if err := unix.Unmount(dir, 0); err != nil {
+		t.Fatal(err)
+	}
+	want := fmt.Sprintf("in the mount namespace of process %d (sleep)", other.Process.Pid)
+	if err := detach(100 * time.Millisecond); !errors.Is(err, ErrBusy) || !strings.Contains(err.Error(), want) {
+		t.Errorf("mounted elsewhere: %v, want %q", err, want)
+	}
+	time.AfterFunc(200*time.Millisecond, func() { other.Process.Kill() })
+	if err := detach(30 * time.Second); err != nil {
+		t.Errorf("it has left: %v", err)
 	}
 }
 
