@@ -95,7 +95,7 @@ func TestIdleConnectionsHoldNoBuffers(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	c := newConn(e, e.terms(true), l, defaultWorkers, quiet)
+	c := newConn(e, e.terms(true), l, defaultWorkers, newBudget(1<<20), quiet)
 	l.idled = func() {
 		if c.in.buf != nil || c.out.slab != nil {
 			t.Error("a waiting connection holds buffers")

@@ -25,9 +25,9 @@ func (b *batch) full() bool { return b.n == batchMax }
 // must be sent first. It is part of the batch only once addRead was called.
 func (b *batch) data(n int) []byte {
 	if b.slab == nil {
-		b.slab, b.sn = getBuffer(pieceSize), 0
+		b.slab, b.sn = getBuffer(batchSize), 0
 	}
-	if b.sn+n > pieceSize {
+	if b.sn+n > batchSize {
 		return nil
 	}
 	return b.slab.b[b.sn : b.sn+n]

@@ -41,9 +41,9 @@ type conn struct {
 	failures atomic.Int64 // requests that failed in the device with EIO
 }
 
-func newConn(e *export, t terms, l link, workers int, log *slog.Logger) *conn {
+func newConn(e *export, t terms, l link, workers int, b *budget, log *slog.Logger) *conn {
 	c := &conn{e: e, t: t, link: l, log: log}
-	c.w.init(workers, c.serveTask)
+	c.w.init(workers, b, c.serveTask)
 	c.out.reset()
 	c.inFn, c.directFn, c.idleFn = c.inSpace, c.directSpace, c.idle
 	return c
@@ -310,6 +310,7 @@ func (c *conn) bigWrite(r *request, refused error) error {
 		t := c.newTask(r, int64(r.off)+int64(done), min(pieceSize, int(r.n)-done))
 		t.grp = g
 		if err := c.payload(t.data); err != nil {
+			c.w.leave(t.bytes())
 			c.freeTask(t)
 			return unexpected(err)
 		}
@@ -328,7 +329,9 @@ func (c *conn) other(r *request) error {
 	return nil
 }
 
+// newTask makes a task with a buffer for n bytes, waiting while too many are in flight.
 func (c *conn) newTask(r *request, off int64, n int) *task {
+	c.w.admit(bufferSize(n))
 	t := taskPool.Get().(*task)
 	t.req, t.off = *r, off
 	if n > 0 {

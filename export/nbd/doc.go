@@ -11,9 +11,13 @@
 // large, and everything that may wait by nature (flush, forced writes, trim, zeroes, status)
 // becomes a task for the connection's workers. These are goroutines that exist while there is
 // work, Options.Workers of them at most; writes may use all but a few, so that reads and trims
-// go on while writes wait for space. The memory that a connection can hold is bounded by its
-// in-flight bytes; the reader stops reading when they are used up. Connections share nothing
-// but the device and the buffer pools: one that stalls, in either direction, holds up no other.
+// go on while writes wait for space.
+//
+// Memory: a connection that waits for its client holds no buffers; a busy one holds two of
+// 128 KiB, and its tasks hold theirs: at most 8 MiB a connection and Options.MaxBuffer all
+// together, beyond which every connection may still have one task with a buffer (of 2 MiB at
+// most). A reader whose tasks use that up stops reading. Connections share nothing else but the
+// device: one that stalls, in either direction, holds up no other.
 //
 // Requests of one connection that are in flight together are served and answered in any order,
 // as the protocol allows; overlapping ones are not ordered. A buffer is never reused before the

@@ -197,7 +197,7 @@ func TestReadHoles(t *testing.T) {
 		{"big, unfragmented", cmdFlagDF, 0, 1 << 20, "D1024"},
 		{"big hole, unfragmented", cmdFlagDF, 1 << 20, 1 << 20, "H1024"},
 		{"around data", 0, 0, 192 << 10, "H64 D64 H64"},
-		{"pieces of hole", 0, 1 << 20, 512 << 10, "H256 H256"},
+		{"pieces of hole", 0, 1 << 20, 2 << 20, "H1024 H1024"},
 	}
 	for _, tt := range tests {
 		got, chunks, err := c.do(tt.flags, cmdRead, uint64(tt.off), uint32(tt.n), nil)

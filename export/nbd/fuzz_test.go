@@ -110,7 +110,7 @@ func FuzzRequests(f *testing.F) {
 		tm := e.terms(structured)
 		tm.allocation = structured
 		l := &memLink{in: stream, step: int(step) + 1}
-		c := newConn(e, tm, l, 6, quiet)
+		c := newConn(e, tm, l, 6, newBudget(1<<20), quiet)
 		c.run()
 		if l.full {
 			return

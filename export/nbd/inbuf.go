@@ -9,7 +9,7 @@ type inbuf struct {
 
 // inbufSize bounds one receive; it holds dozens of small requests, or one of the largest that
 // is served from here (header and inlineMax of payload).
-const inbufSize = pieceSize
+const inbufSize = batchSize
 
 func (in *inbuf) buffered() int     { return in.w - in.r }
 func (in *inbuf) bytes() []byte     { return in.buf.b[in.r:in.w] }

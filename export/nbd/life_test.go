@@ -275,7 +275,7 @@ func TestDisconnectWithRequestsInTheDevice(t *testing.T) {
 // Close, and holds a bounded amount of memory.
 func TestStalledClient(t *testing.T) {
 	f := dev.NewFault(dev.NewMem(64 << 20))
-	s, path := startServer(t, Options{CloseTimeout: 200 * time.Millisecond})
+	s, path := startServer(t, Options{CloseTimeout: 200 * time.Millisecond, MaxBuffer: 3 << 20})
 	if err := s.AddExport("disk", f, ExportOptions{}); err != nil {
 		t.Fatal(err)
 	}
@@ -301,6 +301,11 @@ func TestStalledClient(t *testing.T) {
 			}
 		}
 		s.mu.Unlock()
+		s.budget.mu.Lock()
+		if s.budget.used > 3<<20+pieceSize { // one task more than fits
+			t.Errorf("%d bytes in buffers", s.budget.used)
+		}
+		s.budget.mu.Unlock()
 		other := connect(t, path, "disk", true, false)
 		for i := range 100 {
 			if _, _, err := other.do(0, cmdRead, uint64(i)*4096, 4096, nil); err != nil {

@@ -69,10 +69,10 @@ func newSock(nc net.Conn) (*sock, error) {
 }
 
 // Spinning spares both sides a sleep and a wake-up between two requests that come one after the
-// other, which cost more than the requests themselves. spinTries is about 20 us. A client that
+// other, which cost more than the requests themselves. spinTries is some 7 us. A client that
 // is slower than that several times in a row is spun for only now and then.
 const (
-	spinTries  = 40
+	spinTries  = 16
 	spinMisses = 64
 	spinEvery  = 8
 )

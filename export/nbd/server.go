@@ -21,6 +21,7 @@ import (
 type Options struct {
 	MaxConnections   int           // of all exports together; more are closed at once. 0: 256
 	Workers          int           // per connection, for requests that wait. 0: 16, at least 5
+	MaxBuffer        int           // bytes, for requests that wait, of all connections. 0: 32 MiB
 	HandshakeTimeout time.Duration // for the whole handshake. 0: 10 s
 	CloseTimeout     time.Duration // for Close, and RemoveExport without a deadline. 0: 10 s
 	Log              *slog.Logger  // nil: slog.Default()
@@ -31,9 +32,10 @@ type Options struct {
 // Goroutines: one per Serve, one per connection (handshake, then conn.run), the workers of each
 // connection. Close ends all of them.
 type Server struct {
-	o   Options
-	log *slog.Logger
-	end chan struct{} // closed when Close begins
+	o      Options
+	log    *slog.Logger
+	budget *budget
+	end    chan struct{} // closed when Close begins
 
 	mu        sync.Mutex
 	exports   map[string]*export
@@ -61,6 +63,9 @@ func NewServer(o Options) *Server {
 		o.Workers = defaultWorkers
 	}
 	o.Workers = max(o.Workers, leastWorkers)
+	if o.MaxBuffer <= 0 {
+		o.MaxBuffer = 32 << 20
+	}
 	if o.HandshakeTimeout <= 0 {
 		o.HandshakeTimeout = 10 * time.Second
 	}
@@ -70,7 +75,7 @@ func NewServer(o Options) *Server {
 	if o.Log == nil {
 		o.Log = slog.Default()
 	}
-	return &Server{o: o, log: o.Log, end: make(chan struct{}), closeDone: make(chan struct{}),
+	return &Server{o: o, log: o.Log, budget: newBudget(o.MaxBuffer), end: make(chan struct{}), closeDone: make(chan struct{}),
 		exports: map[string]*export{}, listeners: map[net.Listener]struct{}{}, conns: map[*client]struct{}{}}
 }
 
@@ -282,7 +287,7 @@ func (s *Server) converse(cl *client) error {
 	if err != nil {
 		return err
 	}
-	c := newConn(e, t, l, s.o.Workers, s.log)
+	c := newConn(e, t, l, s.o.Workers, s.budget, s.log)
 	s.mu.Lock()
 	cl.nc.SetDeadline(time.Time{})
 	cl.c = c

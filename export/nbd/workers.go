@@ -30,21 +30,21 @@ func (t *task) changesData() bool { return t.req.cmd == cmdWrite || t.req.cmd ==
 
 // Limits of one connection.
 const (
-	maxTasks       = 256     // queued and running
+	maxTasks       = 256     // queued and being served
 	maxTaskBytes   = 8 << 20 // in their buffers
 	spareWorkers   = 4       // of Options.Workers, never used for writes
 	defaultWorkers = 16
 	leastWorkers   = spareWorkers + 1
-	mostTaskBytes  = maxTaskBytes - wholeSize // a task is admitted while fewer are in use
 )
 
 // workers run a connection's tasks: goroutines that are started when there is something to do
 // and end when there is not. Two queues: tasks that may wait for space use all workers but
 // spareWorkers, others use all.
 type workers struct {
-	max   int
-	serve func(*task)
-	start func() // runs work; made once, so that starting allocates nothing
+	max    int
+	budget *budget // of the server
+	serve  func(*task)
+	start  func() // runs work; made once, so that starting allocates nothing
 
 	mu      sync.Mutex
 	room    sync.Cond // a task has ended
@@ -58,24 +58,50 @@ type workers struct {
 
 type taskQueue struct{ head, tail *task }
 
-func (w *workers) init(max int, serve func(*task)) {
-	w.max, w.serve = max, serve
+func (w *workers) init(max int, b *budget, serve func(*task)) {
+	w.max, w.budget, w.serve = max, b, serve
 	w.room.L = &w.mu
 	w.start = w.work
 }
 
-// submit hands t to a worker. It waits while the connection's limits are used up.
+// admit counts a task with a buffer of n bytes, waiting while the limits are used up. It will be
+// submitted or cancelled. Only the reader calls it.
+func (w *workers) admit(n int) {
+	w.mu.Lock()
+	for w.tasks >= maxTasks || w.bytes > 0 && w.bytes+n > maxTaskBytes {
+		w.room.Wait()
+	}
+	w.tasks++
+	w.bytes += n
+	w.mu.Unlock()
+	if n > 0 {
+		w.budget.take(n, func() bool {
+			w.mu.Lock()
+			defer w.mu.Unlock()
+			return w.bytes > n
+		})
+	}
+}
+
+// leave takes back what admit counted.
+func (w *workers) leave(n int) {
+	w.mu.Lock()
+	w.tasks--
+	w.bytes -= n
+	w.room.Signal()
+	w.mu.Unlock()
+	if n > 0 {
+		w.budget.give(n)
+	}
+}
+
+// submit hands an admitted task to a worker.
 func (w *workers) submit(t *task) {
 	i := 0
 	if t.changesData() {
 		i = 1
 	}
 	w.mu.Lock()
-	for w.tasks >= maxTasks || w.bytes > mostTaskBytes {
-		w.room.Wait()
-	}
-	w.tasks++
-	w.bytes += t.bytes()
 	w.seq++
 	t.seq = w.seq
 	q := &w.queue[i]
@@ -101,22 +127,20 @@ func (t *task) bytes() int {
 
 // work serves tasks until there is none that it may serve.
 func (w *workers) work() {
-	w.mu.Lock()
+	i := 0
 	for {
-		t, i := w.takeLocked()
-		if t == nil {
+		w.mu.Lock()
+		w.writing -= i
+		var t *task
+		if t, i = w.takeLocked(); t == nil {
 			w.running--
 			w.mu.Unlock()
 			return
 		}
-		n := t.bytes()
 		w.mu.Unlock()
+		n := t.bytes()
 		w.serve(t)
-		w.mu.Lock()
-		w.writing -= i
-		w.tasks--
-		w.bytes -= n
-		w.room.Signal()
+		w.leave(n)
 	}
 }
 
