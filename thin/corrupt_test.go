@@ -529,3 +529,48 @@ func TestCheckWhileInUse(t *testing.T) {
 		t.Error("a pool in use was to be repaired")
 	}
 }
+
+// TestReportForms holds text and JSON of a report, which people and programs read.
+func TestReportForms(t *testing.T) {
+	mem := goldenPool(t)
+	patch(t, mem, 63, block.Node, le64(2048, 25<<24))
+	patch(t, mem, 60, block.Bitmap, func(b []byte) { spacemap.SetBitmapEntry(b, 10, 1); spacemap.SetBitmapEntry(b, 11, 1) })
+	patch(t, mem, 0, block.Superblock, le32(40, 1))
+	r, err := Check(mem, CheckOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	var text strings.Builder
+	if err := r.WriteText(&text); err != nil {
+		t.Fatal(err)
+	}
+	want := `warning: metadata block 0: superblock: version 1, want 2
+fatal: metadata block 63: mapping tree of thin 0: virtual block 0: mapped to data block 25 of 25
+warning: metadata block 66: data space map index: bitmap 0: nr_free 16314, want 16312
+warning: metadata block 0: superblock: data space map: nr_allocated 6, want 8
+leak: data space map: data block 0: count 3, 2 references
+leak: data space map: data block [10, 12): count 1, 0 references
+transaction id 5, time 2, needs_check false, held root 0
+metadata: 12 of 1024 blocks used
+data: 6 of 25 blocks of 65536 bytes used by 13 mappings of 3 devices
+1 fatal, 2 leaks (3 data and 0 metadata blocks), 3 warnings
+`
+	if text.String() != want {
+		t.Errorf("text:\n%s\nwant:\n%s", text.String(), want)
+	}
+	var js strings.Builder
+	if err := r.WriteJSON(&js); err != nil {
+		t.Fatal(err)
+	}
+	for _, want := range []string{
+		`"severity": "fatal"`, `"where": "mapping tree"`, `"device": 0`, `"block": 63`,
+		`"begin": 10`, `"end": 12`, `"leaked_data_blocks": 3`, `"transaction_id": 5`,
+	} {
+		if !strings.Contains(js.String(), want) {
+			t.Errorf("JSON lacks %s:\n%s", want, js.String())
+		}
+	}
+	if err := r.Err(); !strings.Contains(err.Error(), "1 fatal findings, 2 leaks, first: metadata block 63: mapping tree of thin 0") {
+		t.Errorf("error: %v", err)
+	}
+}
