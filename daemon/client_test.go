@@ -321,6 +321,37 @@ func TestClientStreamCutOff(t *testing.T) {
 	}
 }
 
+// TestClientStreamDaemonDies: an import whose daemon goes away ends, also when its source does not
+// speak.
+func TestClientStreamDaemonDies(t *testing.T) {
+	b := newBench(t)
+	run := t.TempDir()
+	stop := b.listenUnix(run)
+	c := client.New(run)
+	r, w := io.Pipe()
+	done := make(chan error, 1)
+	go func() {
+		_, err := c.ImportStream(context.Background(), r, api.ImportParams{Name: "cut"}, client.OpOptions{ID: "cut"})
+		done <- err
+	}()
+	w.Write(bytes.Repeat([]byte("x"), 100000))
+	for {
+		if _, err := c.Operation(context.Background(), "cut", 0); err == nil {
+			break
+		}
+		time.Sleep(time.Millisecond)
+	}
+	stop()
+	select {
+	case err := <-done:
+		if err == nil || !strings.Contains(err.Error(), "went away") {
+			t.Errorf("error %v", err)
+		}
+	case <-time.After(10 * time.Second):
+		t.Error("the import hangs")
+	}
+}
+
 // TestClientEventsOverRestart: a reader of events sees those of before and after a restart of the
 // server, each once.
 func TestClientEventsOverRestart(t *testing.T) {

@@ -73,7 +73,7 @@ func (x *extender) step(ctx context.Context) error {
 // next is the size in bytes that the data file should get, or why it stays.
 func (x *extender) next(st engine.Status) (size int64, reason string) {
 	now := int64(st.DataBlocks) * st.BlockSize
-	step := max(now/100*int64(x.c.Step), st.BlockSize)
+	step := max(now/100*int64(x.c.Step)+now%100*int64(x.c.Step)/100, st.BlockSize)
 	size = now + step
 	if m := int64(x.c.Max); m > 0 && size > m {
 		size, reason = m, "it has its largest size"

@@ -33,14 +33,41 @@ type Client struct {
 // New makes a client of the daemon whose RUN directory is run. It does not connect yet.
 func New(run string) *Client {
 	socket := filepath.Join(run, api.SocketName)
-	d := net.Dialer{Timeout: 10 * time.Second}
 	return &Client{run: run, socket: socket, http: &http.Client{Transport: &http.Transport{
 		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-			return d.DialContext(ctx, "unix", socket)
+			return dialer.DialContext(ctx, "unix", socket)
 		},
 		DisableCompression: true,
 		IdleConnTimeout:    30 * time.Second,
 	}}}
+}
+
+var dialer = net.Dialer{Timeout: 10 * time.Second}
+
+// once is c with a connection of its own for one request. closed is called when the connection
+// ends, whichever side ended it: package http waits for a request's body even then.
+func (c *Client) once(closed func()) *Client {
+	return &Client{run: c.run, socket: c.socket, http: &http.Client{Transport: &http.Transport{
+		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+			conn, err := dialer.DialContext(ctx, "unix", c.socket)
+			if err != nil {
+				return nil, err
+			}
+			return &hookedConn{conn, closed}, nil
+		},
+		DisableCompression: true,
+		DisableKeepAlives:  true,
+	}}}
+}
+
+type hookedConn struct {
+	net.Conn
+	closed func()
+}
+
+func (h *hookedConn) Close() error {
+	h.closed()
+	return h.Conn.Close()
 }
 
 // Close lets idle connections go.
@@ -121,7 +148,7 @@ func (c *Client) send(ctx context.Context, method, path string, query url.Values
 		if errors.As(err, &ue) {
 			err = ue.Err
 		}
-		if errors.Is(err, io.EOF) || errors.Is(err, unix.ECONNRESET) || errors.Is(err, unix.EPIPE) {
+		if errors.Is(err, errWentAway) || errors.Is(err, io.ErrClosedPipe) || errors.Is(err, io.EOF) || errors.Is(err, unix.ECONNRESET) || errors.Is(err, unix.EPIPE) {
 			err = fmt.Errorf("the daemon on %s went away: %w", c.socket, err)
 		}
 		return nil, err

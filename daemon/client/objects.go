@@ -98,7 +98,7 @@ func (c *Client) ImportStream(ctx context.Context, r io.Reader, p api.ImportPara
 	}
 	body, stop := abandonable(ctx, r)
 	defer stop()
-	resp, err := c.send(ctx, "POST", "/images", q, api.MediaOctets, body)
+	resp, err := c.once(stop).send(ctx, "POST", "/images", q, api.MediaOctets, body)
 	if err != nil {
 		return op, err
 	}

@@ -23,6 +23,9 @@ func decodeJSON(resp *http.Response, out any) error {
 	return nil
 }
 
+// errWentAway: the connection ended while a body was sent.
+var errWentAway = errors.New("connection ended")
+
 // abandonable is r for a request's body: when ctx ends, or after stop, its Read returns even if r's
 // does not (a terminal, a pipe that nobody writes). The goroutine that reads r ends with the
 // next thing that r gives.
@@ -35,7 +38,7 @@ func abandonable(ctx context.Context, r io.Reader) (body io.Reader, stop func())
 	}()
 	return pr, func() {
 		unhook()
-		pr.Close()
+		pr.CloseWithError(errWentAway)
 	}
 }
 
