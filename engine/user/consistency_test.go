@@ -36,7 +36,7 @@ func TestSnapshotsHoldPrefixes(t *testing.T) {
 		stride  = 20 << 10
 		area    = slots * stride
 		recLen  = 8 * (2 + writers)
-		snaps   = 60
+		snaps   = 60 / slow
 	)
 	tp := newPool(t, poolSize{dataBlocks: 2000}, Options{CommitInterval: 3 * time.Millisecond})
 	tp.create(1)
@@ -215,7 +215,7 @@ func TestIsolation(t *testing.T) {
 		t.Run(c.name, func(t *testing.T) {
 			seed := testSeed(t)
 			c.opts.NoSpaceTimeout = 20 * time.Millisecond
-			const workers, rounds = 6, 50
+			const workers, rounds = 6, 50 / slow
 			tp := newPool(t, poolSize{bs: c.bs, dataBlocks: uint64((workers + 1) * c.devBlocks)}, c.opts)
 			var wg sync.WaitGroup
 			for w := range workers {

@@ -278,7 +278,16 @@ func TestFlushWaitsForCommitUnderWay(t *testing.T) {
 	aDone, bDone := make(chan error, 1), make(chan error, 1)
 	go func() { aDone <- a.Flush() }()
 	<-held
+	// The commit's data sync is over; the flush of a device that was written since needs another.
+	eventually(t, "the commit's data sync is done", func() bool {
+		tp.p.data.syncs.mu.Lock()
+		defer tp.p.data.syncs.mu.Unlock()
+		return !tp.p.data.syncs.running && tp.p.data.syncs.done > 0
+	})
+	write(t, b, fill(3, 4096), 0)
+	syncs := tp.data.Counts().Flushes
 	go func() { bDone <- b.Flush() }()
+	eventually(t, "the flush has synced the data", func() bool { return tp.data.Counts().Flushes > syncs })
 	must(t, c.Flush()) // a third device without changes is not concerned
 	select {
 	case err := <-bDone:

@@ -172,6 +172,7 @@ func crashTest(t *testing.T, bs int64, o Options, seed uint64) {
 		cuts = append(cuts, 1+rng.IntN(now))
 	}
 	rng.Shuffle(len(cuts), func(i, j int) { cuts[i], cuts[j] = cuts[j], cuts[i] })
+	cuts = cuts[:len(cuts)/slow]
 	modes := []dev.CrashMode{dev.CrashKeep, dev.CrashLose, dev.CrashRandom, dev.CrashTorn}
 	for k, cut := range cuts {
 		mode := modes[k%len(modes)]

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -44,7 +45,7 @@ func TestEveryRequestFails(t *testing.T) {
 			for _, times := range []int{1, 0} {
 				hit := true
 				n := 0
-				for ; hit && n < 400; n++ {
+				for ; hit && n < 400; n += slow {
 					hit = faultRun(t, c.meta, dev.Rule{Ops: c.ops, Skip: n, Times: times, Err: errIO}, seed)
 					if t.Failed() {
 						t.Fatalf("seed %d, %s: request %d, times %d", seed, c.name, n, times)
@@ -57,7 +58,8 @@ func TestEveryRequestFails(t *testing.T) {
 }
 
 // faultRun runs the load with one rule and reports whether a request failed.
-func faultRun(t *testing.T, onMeta bool, r dev.Rule, seed uint64) (hit bool) {
+func faultRun(t *testing.T, onMeta bool, r dev.Rule, seed uint64) bool {
+	var hit atomic.Bool
 	const size = 10*block + 4096
 	tp := newPool(t, poolSize{dataBlocks: 320, metaBlocks: 512}, Options{CommitInterval: time.Hour, ErrorIfNoSpace: true,
 		Logger: quiet, TableCacheBytes: 1, MetaCacheBytes: 1})
@@ -69,7 +71,7 @@ func faultRun(t *testing.T, onMeta bool, r dev.Rule, seed uint64) (hit bool) {
 		target = tp.meta
 	}
 	rng := rand.New(rand.NewPCG(seed, 7))
-	r.Before = func(dev.Op, int64, int64) { hit = true }
+	r.Before = func(dev.Op, int64, int64) { hit.Store(true) }
 	target.Add(r)
 
 	failed := func() bool { return tp.p.failed() != nil }
@@ -208,7 +210,7 @@ func faultRun(t *testing.T, onMeta bool, r dev.Rule, seed uint64) (hit bool) {
 				t.Errorf("operation %d: a write succeeded after the pool had failed", i)
 			}
 		}
-		if err != nil && !hit {
+		if err != nil && !hit.Load() {
 			t.Errorf("operation %d failed before the fault: %v", i, err)
 		}
 	}
@@ -253,7 +255,7 @@ func faultRun(t *testing.T, onMeta bool, r dev.Rule, seed uint64) (hit bool) {
 		}
 	}
 	tp.close()
-	return hit
+	return hit.Load()
 }
 
 // TestFailureIsFinal: after one failed sync, no flush of any device succeeds, though the device

@@ -101,7 +101,7 @@ func TestModel(t *testing.T) {
 	}
 	for i, c := range configs {
 		t.Run(fmt.Sprintf("%d-bs=%dKiB", i, c.bs>>10), func(t *testing.T) {
-			runModel(t, c, *modelOps*c.weight/total+1, seed+uint64(i))
+			runModel(t, c, *modelOps/slow*c.weight/total+1, seed+uint64(i))
 		})
 	}
 }

@@ -112,11 +112,11 @@ func (p *Pool) releaseQueued() {
 			p.meta.UnreserveData(run)
 		}
 	}
+	p.spaceFreed() // first: who waits for the release looks whether there is space afterwards
 	r.mu.Lock()
 	r.done += uint64(len(q))
 	r.cond.Broadcast()
 	r.mu.Unlock()
-	p.spaceFreed()
 }
 
 // punchBytes bounds one punch, so that a large delete does not keep the device busy for long.

@@ -336,3 +336,20 @@ func TestWaitersSeeTheEnd(t *testing.T) {
 	must(t, g.Close())
 	wg.Wait()
 }
+
+// TestDiscardedBlocksServeTheNextWrite: what a discard has just freed is found by a write that
+// would otherwise fail at once.
+func TestDiscardedBlocksServeTheNextWrite(t *testing.T) {
+	tp, h := fullPool(t, 8, Options{ErrorIfNoSpace: true, CommitInterval: time.Hour})
+	g := tp.thin(2, 8*block)
+	from, to := h, g
+	for i := range 600 {
+		must(t, from.Discard(0, 8*block))
+		for b := range int64(8) {
+			if _, err := to.WriteAt(fill(byte(i), 512), b*block); err != nil {
+				t.Fatalf("round %d, block %d: %v", i, b, err)
+			}
+		}
+		from, to = to, from
+	}
+}
