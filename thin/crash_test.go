@@ -314,3 +314,41 @@ func TestDataSyncFails(t *testing.T) {
 	p.reopen()
 	p.compare()
 }
+
+// TestRestoreFaults: whatever write or flush of a restore fails, no pool is there afterwards.
+func TestRestoreFaults(t *testing.T) {
+	p := newTestPool(t, 6, 1024, 20000)
+	for range 40 {
+		p.step()
+	}
+	p.commit()
+	var xml strings.Builder
+	p.must(Dump(p.mem, &xml, DumpOptions{}))
+	run := func(d dev.Device) error {
+		return Restore(strings.NewReader(xml.String()), d, RestoreOptions{Force: true, step: 3000})
+	}
+	count := dev.NewFault(p.mem.Clone())
+	p.must(run(count))
+	total := count.Counts()
+	t.Logf("%+v", total)
+	for _, c := range []struct {
+		op dev.Op
+		n  int64
+	}{{dev.OpRead, total.Reads}, {dev.OpWrite, total.Writes}, {dev.OpFlush, total.Flushes}} {
+		for n := range int(c.n) {
+			mem := p.mem.Clone()
+			f := dev.NewFault(mem)
+			f.Add(dev.Rule{Ops: c.op, Skip: n, Times: 1})
+			if err := run(f); !errors.Is(err, dev.ErrInjected) {
+				t.Fatalf("%v %d fails: %v, want the device's error", c.op, n, err)
+			}
+			switch first := readBlock(t, mem, 0); {
+			case allZero(first):
+			case n == 0 && c.op != dev.OpFlush: // the old pool was not touched yet
+				sameDump(t, mem, []byte(xml.String()))
+			default:
+				t.Fatalf("%v %d fails: block 0 is not zero", c.op, n)
+			}
+		}
+	}
+}

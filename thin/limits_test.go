@@ -322,3 +322,31 @@ func TestConcurrentUse(t *testing.T) {
 	p.compare()
 	p.check()
 }
+
+// TestHighCounts: data blocks and nodes that hundreds of devices refer to.
+func TestHighCounts(t *testing.T) {
+	p := newTestPool(t, 1, 4096, 5000)
+	p.create(0)
+	p.insert(0, 0, 40, 1)
+	for id := DevID(1); id <= 600; id++ {
+		p.snap(id, 0)
+		if id <= 300 {
+			p.insert(id, 50, 1, 1) // its own leaf now
+		}
+	}
+	p.commit()
+	p.compare()
+	p.check()
+	p.thinCheck()
+	if b := p.now.devs[0].maps[0].Block; p.m.data.Count(uint64(b)) != 301 {
+		t.Errorf("data block %d: count %d, want 301 leaves", b, p.m.data.Count(uint64(b)))
+	}
+	p.reopen()
+	for id := DevID(1); id <= 600; id += 2 {
+		p.delete(id)
+	}
+	p.commit()
+	p.compare()
+	p.check()
+	p.thinCheck()
+}

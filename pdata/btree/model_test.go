@@ -351,3 +351,62 @@ func TestMaxNewIsABound(t *testing.T) {
 		}
 	}
 }
+
+// TestReleaseStepsOfHighTrees releases trees of three levels that share parts, in steps of many
+// sizes; after each the rest is a legal tree.
+func TestReleaseStepsOfHighTrees(t *testing.T) {
+	for _, size := range []int{8, 24} {
+		for _, budget := range []int{1, 3, 50, 256} {
+			t.Run(fmt.Sprintf("size=%d/budget=%d", size, budget), func(t *testing.T) {
+				t.Parallel()
+				f := newForest(t, size, 0)
+				rng := rand.New(rand.NewSource(int64(budget)))
+				i := f.add()
+				var err error
+				entries := uint64(60000) // more leaves than one node holds
+				if size == 24 {
+					entries = 30000
+				}
+				for begin := uint64(0); begin < entries; begin += 2000 {
+					keys := make([]uint64, 2000)
+					for j := range keys {
+						keys[j] = 5*begin + 5*uint64(j)
+						f.own(keys[j])
+						f.model[i][keys[j]] = keys[j]
+					}
+					f.roots[i], _, err = f.tree.InsertSorted(f.roots[i], keys, func(j int) []byte { return f.encode(keys[j]) })
+					f.must(err)
+				}
+				if h, err := f.tree.r.height(f.roots[i]); err != nil || h != 3 {
+					t.Fatalf("a tree of %d levels, want 3", h)
+				}
+				f.commit()
+				// Two copies, each with changes in half of the keys.
+				for range 2 {
+					j := f.snap(0)
+					for range 400 {
+						f.insert(rng, j, (5*entries+uint64(rng.Intn(int(5*entries))))/2, uint64(rng.Intn(1<<30)))
+					}
+					f.removeRange(j, uint64(rng.Intn(int(3*entries))), 4*entries, 20000)
+				}
+				f.verify()
+				f.commit()
+				steps := 0
+				for len(f.roots) > 0 {
+					f.releaseStep(rng.Intn(len(f.roots)), budget)
+					if steps++; steps%(1+200/budget) == 0 {
+						f.verify()
+					}
+					if rng.Intn(10) == 0 {
+						f.commit()
+					}
+				}
+				f.verify()
+				if len(f.space.counts) != 0 {
+					t.Errorf("%d blocks are left when all trees are gone", len(f.space.counts))
+				}
+				t.Logf("%d steps", steps)
+			})
+		}
+	}
+}
