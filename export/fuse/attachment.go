@@ -172,7 +172,10 @@ func (a *attachment) detach(t *teardown) {
 		return
 	}
 	a.e.reap.free(a.rec.Loop)
-	errs := []error{err, a.d.Flush()}
+	errs := []error{err}
+	if !a.rec.ReadOnly {
+		errs = append(errs, a.d.Flush())
+	}
 	errs = append(errs, unmount(a.rec.Dir))
 	if a.e.held(a.rec) {
 		errs = append(errs, a.e.keep.drop(a.name))
@@ -208,10 +211,7 @@ func (a *attachment) leave() error {
 	}
 	if a.e.keep != nil {
 		a.s.stop() // everything that was read is answered
-		err := error(nil)
-		if !a.e.held(a.rec) {
-			err = a.e.keep.put(a.name, a.rec, a.s.fd)
-		}
+		err := a.e.keep.leave(a.name, a.rec, a.s.fd)
 		if err == nil {
 			a.shut()
 			a.end()

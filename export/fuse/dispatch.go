@@ -221,7 +221,7 @@ func (s *server) writeAt(r *request, b *buffer, write func([]byte, int64) (int, 
 func (s *server) init(r *request, b *buffer) error {
 	if r.major != protoMajor || r.minor < minMinor {
 		s.reply(b, r.unique, unix.EPROTO, 0)
-		return fmt.Errorf("kernel speaks FUSE %d.%d: want %d.%d or later (Linux 5.4)", r.major, r.minor, protoMajor, minMinor)
+		return fmt.Errorf("kernel speaks FUSE %d.%d: want %d.%d or later (Linux 5.4): %w", r.major, r.minor, protoMajor, minMinor, errEnded)
 	}
 	caps := r.caps & (capAsyncRead | capBigWrites | capAsyncDIO | capParallelDirop | capMaxPages | capInitExt | capHasResend)
 	if caps&capAsyncDIO == 0 {

@@ -87,6 +87,17 @@ func (k *keeper) watch() {
 func (k *keeper) replace() error {
 	k.mu.Lock()
 	defer k.mu.Unlock()
+	return k.replaceLocked()
+}
+
+// replaceLocked connects to a holder, a new one if there is none, and puts everything there. If
+// the connection in use is alive, it does nothing.
+func (k *keeper) replaceLocked() error {
+	select {
+	case <-k.c.Gone():
+	default:
+		return nil
+	}
 	if k.ctx.Err() != nil {
 		return k.ctx.Err()
 	}
@@ -136,11 +147,20 @@ func (k *keeper) set(name string, r record) error {
 	return err
 }
 
-// forget stops putting a connection into new holders; before its descriptor is closed.
-func (k *keeper) forget(name string) {
+// leave makes sure that the holder has a connection, whose descriptor this process is about to
+// close.
+func (k *keeper) leave(name string, r record, fd int) error {
 	k.mu.Lock()
 	defer k.mu.Unlock()
+	err := k.c.Put(heldPrefix+name, r.json(), fd)
+	if errors.Is(err, holder.ErrGone) {
+		<-k.c.Gone()
+		if err = k.replaceLocked(); err == nil {
+			err = k.c.Put(heldPrefix+name, r.json(), fd)
+		}
+	}
 	delete(k.held, name)
+	return err
 }
 
 // drop makes the holder close its copy. It is fine if it has none.

@@ -325,19 +325,27 @@ func TestDrop(t *testing.T) {
 	s.nothingLeft(t)
 }
 
-// TestHolderDies: the exporter starts another holder and gives it everything again.
+// TestHolderDies: the exporter starts another holder and gives it everything again, also when it
+// is just about to leave.
 func TestHolderDies(t *testing.T) {
 	s := newSetup(t, true)
 	d := dev.NewMem(64 << 20)
-	a := s.attach("disk", d, export.AttachOptions{})
-	c, err := holder.Dial(s.o.HolderSocket)
+	a, err := s.e.Attach(ctx(t), "disk", d, export.AttachOptions{})
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := c.Quit(true); err != nil {
-		t.Fatal(err)
+	quit := func() {
+		t.Helper()
+		c, err := holder.Dial(s.o.HolderSocket)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer c.Close()
+		if err := c.Quit(true); err != nil {
+			t.Fatal(err)
+		}
 	}
-	c.Close()
+	quit()
 	held := func() int {
 		c, err := holder.Dial(s.o.HolderSocket)
 		if err != nil {
@@ -350,12 +358,25 @@ func TestHolderDies(t *testing.T) {
 	if settled(0, held) != 0 {
 		t.Fatal("the next holder does not have the connection")
 	}
+	for range 5 {
+		quit()
+		if err := s.e.Close(); err != nil {
+			t.Fatal(err)
+		}
+		if s.e, err = New(s.o); err != nil {
+			t.Fatal(err)
+		}
+		if a, err = s.e.Adopt(ctx(t), "disk", d); err != nil {
+			t.Fatal(err)
+		}
+		run(t, "dd", "if=/dev/zero", "of="+a.Node(), "bs=4096", "count=1", "oflag=direct", "conv=notrunc")
+	}
 	if err := a.Detach(ctx(t)); err != nil {
 		t.Fatal(err)
 	}
 }
 
-// TestKilledWhileAttaching: what a server leaves that died between mount and node is cleared away.
+// TestLeftovers: what a server leaves that died between mount and node is cleared away.
 func TestLeftovers(t *testing.T) {
 	s := newSetup(t, true)
 	if err := s.e.Close(); err != nil {

@@ -186,16 +186,34 @@ func (s *server) exit(idle bool) {
 	s.thr.Done()
 }
 
-// serve is one server thread.
+// retryPause is how long a thread that lacks memory or descriptors waits before it tries again.
+const retryPause = 100 * time.Millisecond
+
+// serve is one server thread. Nobody else would serve the connection, so that it gives up only
+// when the connection has ended.
 func (s *server) serve() {
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
-	idle, err := s.loop()
-	if err != nil {
-		s.end(err)
+	for {
+		idle, err := s.loop()
+		if err == nil || errors.Is(err, errEnded) {
+			if err != nil {
+				s.end(err)
+			}
+			s.exit(idle)
+			return
+		}
+		s.log.Error("fuse server thread", "error", err)
+		p := []unix.PollFd{{Fd: int32(s.stopfd), Events: unix.POLLIN}}
+		if n, _ := unix.Poll(p, int(retryPause.Milliseconds())); n == 1 {
+			s.exit(false)
+			return
+		}
 	}
-	s.exit(idle)
 }
+
+// errEnded: the connection cannot be served any more.
+var errEnded = errors.New("connection ended")
 
 // loop reads and answers requests until the connection ends, the server stops, or it is idle.
 func (s *server) loop() (idle bool, err error) {
@@ -217,7 +235,7 @@ func (s *server) loop() (idle bool, err error) {
 	var seen uint64
 	for {
 		in := buf.in()
-		n, errno := rawRead(s.fd, in)
+		n, errno := sysRead(s.fd, in)
 		switch errno {
 		case 0:
 		case unix.EAGAIN:
@@ -235,7 +253,7 @@ func (s *server) loop() (idle bool, err error) {
 			continue
 		case unix.EINTR, unix.ENOENT: // ENOENT: the request was taken back
 			continue
-		case unix.ENODEV: // unmounted
+		case unix.ENODEV, unix.ECONNABORTED: // unmounted, aborted
 			s.end(nil)
 			return false, nil
 		default:
@@ -306,7 +324,7 @@ func (s *server) wait(epfd int) (stop, timeout bool, err error) {
 func (s *server) reply(b *buffer, unique uint64, errno unix.Errno, n int) {
 	msg := b.mem[room-outHeaderLen : room+n]
 	putHeader(msg, len(msg), -int32(errno), unique)
-	_, e := rawWrite(s.fd, msg)
+	_, e := sysWrite(s.fd, msg)
 	if e != 0 && e != unix.ENOENT && e != unix.ENODEV && e != unix.ECONNABORTED {
 		s.log.Error("fuse reply", "unique", unique, "bytes", len(msg), "error", e)
 		if n > 0 || errno == 0 {
@@ -322,7 +340,7 @@ func (s *server) replyWritten(b *buffer, unique uint64, n uint32) {
 	putHeader(msg, len(msg), 0, unique)
 	ne.PutUint32(msg[outHeaderLen:], n)
 	ne.PutUint32(msg[outHeaderLen+4:], 0)
-	if _, e := rawWrite(s.fd, msg); e != 0 && e != unix.ENOENT && e != unix.ENODEV && e != unix.ECONNABORTED {
+	if _, e := sysWrite(s.fd, msg); e != 0 && e != unix.ENOENT && e != unix.ENODEV && e != unix.ECONNABORTED {
 		s.log.Error("fuse reply", "unique", unique, "bytes", len(msg), "error", e)
 	}
 }

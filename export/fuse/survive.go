@@ -127,7 +127,6 @@ func (e *Exporter) adopt(name string, d dev.Device) (_ *attachment, err error) {
 	if a.s, err = newServer(fd, d, rec.ReadOnly, &e.o); err != nil {
 		return nil, err
 	}
-	a.s.size.Store(rec.Size)
 	a.s.kernel = rec.Kernel
 	close(a.s.ready)
 	a.s.park, a.s.onEnd = e.park.park, a.cut

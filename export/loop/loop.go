@@ -47,7 +47,7 @@ type Device struct {
 // attempts bounds the retries after somebody else took the free device that the kernel named.
 const attempts = 64
 
-// Attach puts a free loop device on a file. No partition scan is made. The device stays when
+// Attach puts a free loop device on a file (LOOP_CONFIGURE, Linux 5.8). No partition scan is made. The device stays when
 // the process ends.
 func Attach(ctx context.Context, c Config) (Device, error) {
 	if c.SectorSize == 0 {
