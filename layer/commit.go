@@ -27,12 +27,12 @@ func (s *Store) Commit(ctx context.Context, name string, o CommitOptions) (Commi
 	if _, err := load[imageBody](s, kindImage, o.Image); err == nil && !o.Replace {
 		return CommitResult{}, fmt.Errorf("image %q %w", o.Image, ErrExists)
 	}
-	c, id, level, own, release, err := s.copyAndHold(ctx, name, o.QuiesceOptions)
+	c, id, level, release, err := s.copyAndHold(ctx, name, o.QuiesceOptions)
 	if err != nil {
 		return CommitResult{}, fmt.Errorf("commit container %q: %w", name, err)
 	}
 	defer release()
-	img, err := s.commitCopy(ctx, c, id, own, o)
+	img, err := s.commitCopy(ctx, c, id, o)
 	if err != nil {
 		return CommitResult{}, fmt.Errorf("commit container %q: %w", name, err)
 	}
@@ -44,27 +44,27 @@ func (s *Store) Commit(ctx context.Context, name string, o CommitOptions) (Commi
 
 // copyAndHold takes a copy of a container under its lock, and keeps the layer below from being
 // collected until release: the container may be removed meanwhile.
-func (s *Store) copyAndHold(ctx context.Context, name string, q QuiesceOptions) (c record[containerBody], id thin.DevID, level Level, own int64, release func(), err error) {
+func (s *Store) copyAndHold(ctx context.Context, name string, q QuiesceOptions) (c record[containerBody], id thin.DevID, level Level, release func(), err error) {
 	unlock, err := s.locks.lock(ctx, kindContainer+"/"+name)
 	if err != nil {
-		return c, 0, "", 0, nil, err
+		return c, 0, "", nil, err
 	}
 	defer unlock()
 	if c, err = s.usableContainer(name); err != nil {
-		return c, 0, "", 0, nil, err
+		return c, 0, "", nil, err
 	}
 	_, release, err = s.holdLayer(ctx, c.body.ChainID)
 	if err != nil {
-		return c, 0, "", 0, nil, err
+		return c, 0, "", nil, err
 	}
-	if id, level, own, err = s.takeCopy(ctx, c, q); err != nil {
+	if id, level, _, err = s.takeCopy(ctx, c, q); err != nil {
 		release()
 	}
-	return c, id, level, own, release, err
+	return c, id, level, release, err
 }
 
 // commitCopy makes a layer of a copy, and an image of that. It consumes the copy.
-func (s *Store) commitCopy(ctx context.Context, c record[containerBody], id thin.DevID, own int64, o CommitOptions) (img record[imageBody], err error) {
+func (s *Store) commitCopy(ctx context.Context, c record[containerBody], id thin.DevID, o CommitOptions) (img record[imageBody], err error) {
 	defer func() {
 		if err != nil {
 			s.cat.Abandon(id) // does nothing once it has a record
@@ -79,16 +79,12 @@ func (s *Store) commitCopy(ctx context.Context, c record[containerBody], id thin
 		chain = "block:" + hex.EncodeToString(r[:])
 	} else {
 		if !s.o.NoTrim {
-			trimmed := int64(0)
 			err = s.work(ctx, id, b.SizeBytes, false, func(w *work) error {
 				_, err := s.files.Trim(ctx, w.node(), b.FSType)
 				return err
-			}, &trimmed)
+			}, nil)
 			if err != nil {
 				return img, err
-			}
-			if own = own + trimmed; trimmed < 0 {
-				own = -1
 			}
 		}
 		sum := sha256.New()
@@ -119,7 +115,12 @@ func (s *Store) commitCopy(ctx context.Context, c record[containerBody], id thin
 	l := record[layerBody]{Record: catalog.Record{Kind: kindLayer, Key: chain, Device: id, Parent: layerRef(c.body.ChainID)}}
 	l.body = layerBody{Parent: c.body.ChainID, DiffID: diffID, deviceBody: deviceBody{SizeBytes: b.SizeBytes, FSType: b.FSType,
 		Owner: OwnerMica, Created: now(), GuestOwned: handsOff}}
-	l.body.setOwn(-1) // what changed since the layer below is more than what the copy needed
+	// What changed since the layer below is more than what the copy itself needed.
+	n, err := s.countDelta(ctx, c.Parent, id)
+	if err != nil {
+		return img, err
+	}
+	l.body.setOwn(n)
 	return s.putImage(ctx, spec, &l, []thin.DevID{id})
 }
 
@@ -241,7 +242,7 @@ func (s *Store) Diff(ctx context.Context, name string, w io.Writer, o DiffOption
 	if err := s.writable(); err != nil {
 		return "", err
 	}
-	c, id, level, _, release, err := s.copyAndHold(ctx, name, o.QuiesceOptions)
+	c, id, level, release, err := s.copyAndHold(ctx, name, o.QuiesceOptions)
 	if err != nil {
 		return "", fmt.Errorf("diff container %q: %w", name, err)
 	}
@@ -256,25 +257,49 @@ func (s *Store) Diff(ctx context.Context, name string, w io.Writer, o DiffOption
 	return level, nil
 }
 
-// diffSnapshot diffs a snapshot as it is; it cannot go away, for its container is locked.
+// diffSnapshot diffs a snapshot as it is, through a copy: it may be removed meanwhile.
 func (s *Store) diffSnapshot(ctx context.Context, name string, w io.Writer, o DiffOptions) (Level, error) {
-	unlock, err := s.locks.lock(ctx, kindContainer+"/"+name)
-	if err != nil {
+	if err := s.writable(); err != nil {
 		return "", err
 	}
+	r, id, release, err := s.copySnapshot(ctx, name, o)
+	if err == nil {
+		err = s.diffDevices(ctx, r.body.ChainID, id, r.body.SizeBytes, w)
+		s.cat.Abandon(id)
+		release()
+	}
+	if err != nil {
+		return "", fmt.Errorf("diff snapshot %q of container %q: %w", o.Snapshot, name, err)
+	}
+	return r.body.Level, nil
+}
+
+func (s *Store) copySnapshot(ctx context.Context, name string, o DiffOptions) (r record[snapshotBody], id thin.DevID, release func(), err error) {
+	unlock, err := s.locks.lock(ctx, kindContainer+"/"+name)
+	if err != nil {
+		return r, 0, nil, err
+	}
 	defer unlock()
-	r, err := s.snapshotRecord(name, o.Snapshot)
+	r, err = s.snapshotRecord(name, o.Snapshot)
 	if err == nil {
 		err = s.usable(r.Ref())
 	}
 	if err == nil && r.body.GuestOwned && !o.TrustGuest {
 		err = ErrGuestOwned
 	}
+	if err != nil {
+		return r, 0, nil, err
+	}
+	if _, release, err = s.holdLayer(ctx, r.body.ChainID); err != nil {
+		return r, 0, nil, err
+	}
+	ids, err := s.cat.Alloc(ctx, 1)
 	if err == nil {
-		err = s.diffDevices(ctx, r.body.ChainID, r.Device, r.body.SizeBytes, w)
+		err = s.cat.CreateHeld(ctx, []catalog.Create{{ID: ids[0], Origin: r.Device}})
 	}
 	if err != nil {
-		return "", fmt.Errorf("diff snapshot %q of container %q: %w", o.Snapshot, name, err)
+		release()
+		return r, 0, nil, s.wrap(err)
 	}
-	return r.body.Level, nil
+	return r, ids[0], release, nil
 }

@@ -16,6 +16,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"mica/dev"
+	"mica/engine"
 	"mica/layer/helper"
 )
 
@@ -638,4 +639,53 @@ func TestXFS(t *testing.T) {
 		t.Errorf("committed image holds %v", m)
 	}
 	t.Logf("an idle container on xfs: %d KiB", must[Container](t)(s.Container(ctx, "d")).UsedBytes>>10)
+}
+
+// A full pool: an import fails with the reason and leaves nothing, a snapshot of a mounted
+// container fails before anything is frozen, removing works, and then all goes on.
+func TestPoolFull(t *testing.T) {
+	r := newRig(t)
+	r.o.BaseSize = 256 << 20
+	r.dataBytes, r.noSpaceWait = 32<<20, 300*time.Millisecond
+	s := r.open()
+	ctx := tctx(t)
+	ok(t, r.pool.CreateThin(ctx, 1))
+	importImage(t, s, "a", []file{{name: "a", data: strings.Repeat("a", 4<<20)}})
+	create(t, s, "c", "a")
+	before := r.used()
+	tarball, diff := layerTar(t, file{name: "b", data: strings.Repeat("b", 40<<20)})
+	im := must[Import](t)(s.BeginImport(ctx))
+	_, err := im.ApplyLayer(ctx, LayerSpec{ChainID: diff, DiffID: diff}, strings.NewReader(string(tarball)))
+	wantErr(t, err, ErrNoSpace, "data blocks", diff)
+	tarball, diff = layerTar(t, file{name: "b", data: strings.Repeat("b", 300<<20)})
+	ok(t, r.pool.GrowData(ctx, 384<<20))
+	_, err = im.ApplyLayer(ctx, LayerSpec{ChainID: diff, DiffID: diff}, strings.NewReader(string(tarball)))
+	wantErr(t, err, ErrNoSpace, "in the file system")
+	ok(t, im.Abort(ctx))
+	if n := r.used(); n != before {
+		t.Errorf("pool uses %d blocks, want %d", n, before)
+	}
+	dir := r.mount("c")
+	full, err := s.pool.Open(ctx, 1, engine.OpenOptions{SizeBytes: 1 << 30}) // fills the pool
+	ok(t, err)
+	for off := int64(0); err == nil; off += 1 << 20 {
+		_, err = full.WriteAt(make([]byte, 1<<20), off)
+	}
+	ok(t, full.Close())
+	_, err = s.Snapshot(ctx, "c", SnapshotOptions{Name: "s"})
+	wantErr(t, err, ErrNoSpace, "blocks free")
+	create(t, s, "d", "a") // needs no data block
+	write(t, dir, "x", "lost")
+	if f, err := os.Open(dir + "/x"); err == nil {
+		f.Sync()
+		f.Close()
+	}
+	unix.Unmount(dir, unix.MNT_DETACH)
+	waitFor(t, "removal", func() bool { return s.Remove(ctx, "c", RemoveOptions{}) == nil })
+	ok(t, r.pool.Delete(ctx, 1))
+	ok(t, s.Remove(ctx, "d", RemoveOptions{}))
+	create(t, s, "e", "a")
+	if m := contents(r, "e"); len(m["a"]) != 4<<20 {
+		t.Errorf("contents %d", len(m["a"]))
+	}
 }

@@ -36,14 +36,16 @@ func (s *Store) Resize(ctx context.Context, name string, sizeBytes int64) (Conta
 	set := func(ctx context.Context, n int64) (record[containerBody], error) {
 		return s.editContainer(ctx, name, func(b *containerBody) error {
 			b.SizeBytes = n
-			b.OwnStale = b.OwnStale || s.liveOf(b.ID) == nil && !b.GuestOwned
+			b.OwnStale = true // until it is counted
 			return nil
 		})
 	}
+	known := !c.body.OwnStale && s.liveOf(c.body.ID) == nil
 	if c, err = set(ctx, sizeBytes); err != nil {
 		return Container{}, err
 	}
-	if err := s.growDevice(ctx, c); err != nil {
+	change := int64(0)
+	if err := s.growDevice(ctx, c, &change); err != nil {
 		cctx, cancel := s.short(ctx)
 		defer cancel()
 		err = fmt.Errorf("resize container %q to %d bytes: %w", name, sizeBytes, err)
@@ -58,12 +60,22 @@ func (s *Store) Resize(ctx context.Context, name string, sizeBytes int64) (Conta
 		}
 		return Container{}, err
 	}
+	if known && change >= 0 {
+		c, err = s.editContainer(ctx, name, func(b *containerBody) error {
+			b.setOwn(b.OwnBlocks + change)
+			return nil
+		})
+		if err != nil {
+			return Container{}, err
+		}
+	}
 	s.hub.emit(EventResize, c.Ref(), fmt.Sprintf("%d bytes", sizeBytes))
 	return s.describeContainer(c), nil
 }
 
-// growDevice makes the device, its node and its file system as large as the record says.
-func (s *Store) growDevice(ctx context.Context, c record[containerBody]) error {
+// growDevice makes the device, its node and its file system as large as the record says. change
+// gets the own blocks that came, of a container that is not attached.
+func (s *Store) growDevice(ctx context.Context, c record[containerBody], change *int64) error {
 	l := s.liveOf(c.body.ID)
 	if l == nil {
 		if c.body.GuestOwned {
@@ -71,7 +83,7 @@ func (s *Store) growDevice(ctx context.Context, c record[containerBody]) error {
 		}
 		return s.work(ctx, c.Device, c.body.SizeBytes, false, func(w *work) error {
 			return s.files.Grow(ctx, w.node(), c.body.FSType)
-		}, nil)
+		}, change)
 	}
 	if err := l.t.Resize(c.body.SizeBytes); err != nil {
 		return err

@@ -97,6 +97,9 @@ type rig struct {
 	holder bool
 	fault  func(string) error
 	mounts []string
+
+	dataBytes   int64 // of the pool
+	noSpaceWait time.Duration
 }
 
 func newRig(t testing.TB) *rig {
@@ -111,9 +114,7 @@ func newRig(t testing.TB) *rig {
 	if err := os.Mkdir(r.loc.Dir, 0o700); err != nil {
 		t.Fatal(err)
 	}
-	if err := user.Format(context.Background(), r.loc, user.FormatOptions{DataBytes: 8 << 30}); err != nil {
-		t.Fatal(err)
-	}
+	r.dataBytes = 8 << 30
 	return r
 }
 
@@ -145,8 +146,13 @@ func (r *rig) tryOpen() error {
 		fo.HolderSocket = filepath.Join(r.dir, "holder.sock")
 		fo.HolderCommand = []string{"/proc/self/exe", "role-holder", fo.HolderSocket}
 	}
+	if _, err := os.Stat(r.loc.DataPath()); err != nil {
+		if err := user.Format(ctx, r.loc, user.FormatOptions{DataBytes: r.dataBytes}); err != nil {
+			return err
+		}
+	}
 	var err error
-	if r.pool, err = user.Open(ctx, r.loc, user.Options{Logger: o.Logger}); err != nil {
+	if r.pool, err = user.Open(ctx, r.loc, user.Options{Logger: o.Logger, NoSpaceTimeout: r.noSpaceWait}); err != nil {
 		return err
 	}
 	e, err := fuse.New(fo)

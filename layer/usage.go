@@ -1,6 +1,7 @@
 package layer
 
 import (
+	"bytes"
 	"context"
 	"slices"
 	"strings"
@@ -58,9 +59,14 @@ func (s *Store) countOwn(r catalog.Record) (int64, error) {
 		return int64(n), err
 	}
 	// Without help from the engine: what differs from the layer that it was made from.
+	return s.countDelta(s.ctx, r.Parent, r.Device)
+}
+
+// countDelta counts the blocks in which a device differs from the one of another record.
+func (s *Store) countDelta(ctx context.Context, ref string, id thin.DevID) (int64, error) {
 	var parent thin.DevID
 	err := s.cat.View(func(tx *catalog.Tx) error {
-		kind, key, _ := strings.Cut(r.Parent, "/")
+		kind, key, _ := strings.Cut(ref, "/")
 		p, err := tx.Get(kind, key)
 		parent = p.Device
 		return err
@@ -69,7 +75,7 @@ func (s *Store) countOwn(r catalog.Record) (int64, error) {
 		return 0, err
 	}
 	n := uint64(0)
-	err = s.pool.Delta(s.ctx, parent, r.Device, func(d thin.DeltaRange) error {
+	err = s.pool.Delta(ctx, parent, id, func(d thin.DeltaRange) error {
 		if d.Kind == "different" || d.Kind == "right_only" {
 			n += d.Len
 		}
@@ -78,37 +84,42 @@ func (s *Store) countOwn(r catalog.Record) (int64, error) {
 	return int64(n), err
 }
 
-// keepOwn writes a count down for a device that nobody has open. It is an optimisation: errors
-// only mean that it will be counted again.
+// keepOwn writes a count down for a device that nobody has open, if its record is still the one
+// that was counted. It is an optimisation: errors only mean that it will be counted again.
 func (s *Store) keepOwn(r catalog.Record, n int64) {
-	if s.writable() != nil || r.Kind == kindContainer {
-		return // a container's count is kept when it is detached
+	if s.writable() != nil {
+		return
 	}
 	s.background(func(ctx context.Context) {
 		s.step(ctx, catalog.Step{FileOnly: true, Apply: func(tx *catalog.Tx) error {
 			cur, err := tx.Get(r.Kind, r.Key)
-			if err != nil || cur.Device != r.Device {
+			if err != nil || cur.Device != r.Device || !bytes.Equal(cur.Body, r.Body) {
 				return nil
 			}
 			switch r.Kind {
 			case kindLayer:
-				d, err := decode[layerBody](cur)
-				if err != nil {
-					return err
-				}
-				d.body.setOwn(n)
-				return put(tx, d)
+				return putOwn(tx, cur, func(b *layerBody) { b.setOwn(n) })
 			case kindSnapshot:
-				d, err := decode[snapshotBody](cur)
-				if err != nil {
-					return err
-				}
-				d.body.setOwn(n)
-				return put(tx, d)
+				return putOwn(tx, cur, func(b *snapshotBody) { b.setOwn(n) })
+			case kindContainer:
+				return putOwn(tx, cur, func(b *containerBody) {
+					if b.Attach == nil {
+						b.setOwn(n)
+					}
+				})
 			}
 			return nil
 		}}, nil, nil)
 	})
+}
+
+func putOwn[T any](tx *catalog.Tx, r catalog.Record, set func(*T)) error {
+	d, err := decode[T](r)
+	if err != nil {
+		return err
+	}
+	set(&d.body)
+	return put(tx, d)
 }
 
 // DF is described at API.

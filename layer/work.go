@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"mica/engine"
 	"mica/export"
 	"mica/thin"
@@ -38,11 +40,29 @@ func (s *Store) work(ctx context.Context, id thin.DevID, size int64, readOnly bo
 	if err != nil {
 		return err
 	}
-	err = fn(w)
+	if err = fn(w); err != nil {
+		err = s.noSpace(ctx, err)
+	}
 	cctx, cancel := s.short(ctx)
 	defer cancel()
 	cerr := w.close(cctx, own, err == nil)
 	return errors.Join(err, cerr)
+}
+
+// noSpace makes an error say so if the pool is full: the kernel reports a write-back that found
+// no room as an I/O error.
+func (s *Store) noSpace(ctx context.Context, err error) error {
+	cctx, cancel := s.short(ctx)
+	defer cancel()
+	st, serr := s.pool.Status(cctx)
+	if serr == nil && ctx.Err() == nil && st.DataUsed+st.DataReserved+st.DataFreeing+freeBlocksForFreeze > st.DataBlocks {
+		return fmt.Errorf("%w in the pool: %d of %d data blocks of %d bytes used: %w",
+			ErrNoSpace, st.DataUsed, st.DataBlocks, st.BlockSize, err)
+	}
+	if errors.Is(err, unix.ENOSPC) && !errors.Is(err, ErrNoSpace) {
+		return fmt.Errorf("%w in the file system: %w", ErrNoSpace, err)
+	}
+	return err
 }
 
 func (s *Store) openWork(ctx context.Context, id thin.DevID, size int64, readOnly bool) (*work, error) {

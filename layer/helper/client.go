@@ -13,7 +13,7 @@ type Client struct {
 	Command []string
 	// Dir is an existing directory; helpers mount under it, each in its own namespace.
 	Dir string
-	// Timeout bounds one short operation (60 s if 0).
+	// Timeout bounds one short operation (60 s if 0); mkfs, grow and trim have ten times that.
 	Timeout time.Duration
 	// Stall is how long an apply or diff may move no byte before it is killed (5 min if 0).
 	Stall time.Duration
@@ -43,9 +43,21 @@ func (c *Client) stall() time.Duration {
 	return 5 * time.Minute
 }
 
-// short does an operation without a stream.
+// longFactor is how much longer than Timeout an operation may take whose work grows with the
+// size of the file system.
+const longFactor = 10
+
+// short does an operation without a stream, long one that may take longer.
 func (c *Client) short(ctx context.Context, req Request) (Response, error) {
-	ctx, cancel := context.WithTimeoutCause(ctx, c.timeout(), fmt.Errorf("%w after %v", ErrTimeout, c.timeout()))
+	return c.bounded(ctx, req, c.timeout())
+}
+
+func (c *Client) long(ctx context.Context, req Request) (Response, error) {
+	return c.bounded(ctx, req, longFactor*c.timeout())
+}
+
+func (c *Client) bounded(ctx context.Context, req Request, limit time.Duration) (Response, error) {
+	ctx, cancel := context.WithTimeoutCause(ctx, limit, fmt.Errorf("%w after %v", ErrTimeout, limit))
 	defer cancel()
 	req.Dir = c.Dir
 	p, err := c.start(req, noStream)
@@ -59,7 +71,7 @@ func (c *Client) short(ctx context.Context, req Request) (Response, error) {
 // Mkfs makes an empty file system on a node whose device reads as zeros. uuid is the file
 // system's, and the seed of its directory hashes.
 func (c *Client) Mkfs(ctx context.Context, node, fstype, uuid string) error {
-	_, err := c.short(ctx, Request{Op: opMkfs, Node: node, FSType: fstype, UUID: uuid})
+	_, err := c.long(ctx, Request{Op: opMkfs, Node: node, FSType: fstype, UUID: uuid})
 	return err
 }
 
@@ -71,13 +83,13 @@ func (c *Client) Replay(ctx context.Context, node, fstype string) error {
 
 // Grow makes the file system as large as the node, mounted elsewhere or not.
 func (c *Client) Grow(ctx context.Context, node, fstype string) error {
-	_, err := c.short(ctx, Request{Op: opGrow, Node: node, FSType: fstype})
+	_, err := c.long(ctx, Request{Op: opGrow, Node: node, FSType: fstype})
 	return err
 }
 
 // Trim discards what the file system does not use and returns how many bytes that was.
 func (c *Client) Trim(ctx context.Context, node, fstype string) (int64, error) {
-	r, err := c.short(ctx, Request{Op: opTrim, Node: node, FSType: fstype})
+	r, err := c.long(ctx, Request{Op: opTrim, Node: node, FSType: fstype})
 	return r.Trimmed, err
 }
 
