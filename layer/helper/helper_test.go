@@ -447,6 +447,7 @@ func TestFreeze(t *testing.T) {
 		}
 	})
 	t.Run("claimed by something else", func(t *testing.T) {
+		waitIdle(t, b.c, b.node) // any process that was just forked may have had a copy of the mount
 		fd, err := unix.Open(b.node, unix.O_RDONLY|unix.O_EXCL|unix.O_CLOEXEC, 0)
 		if err != nil {
 			t.Fatal(err)
