@@ -153,7 +153,7 @@ func (k *keeper) leave(name string, r record, fd int) error {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	err := k.c.Put(heldPrefix+name, r.json(), fd)
-	if errors.Is(err, holder.ErrGone) {
+	for tries := 0; errors.Is(err, holder.ErrGone) && tries < 3; tries++ {
 		<-k.c.Gone()
 		if err = k.replaceLocked(); err == nil {
 			err = k.c.Put(heldPrefix+name, r.json(), fd)

@@ -244,7 +244,7 @@ func reapLocked() []int {
 func Connect(ctx context.Context, socket string, argv ...string) (*Client, error) {
 	var last error
 	for range 3 {
-		c, err := Dial(socket)
+		c, err := dialLive(socket)
 		if err == nil || errors.Is(err, ErrPeer) {
 			return c, err
 		}
@@ -256,9 +256,22 @@ func Connect(ctx context.Context, socket string, argv ...string) (*Client, error
 			return nil, err
 		}
 	}
-	c, err := Dial(socket)
+	c, err := dialLive(socket)
 	if err != nil {
 		return nil, errors.Join(last, err)
+	}
+	return c, nil
+}
+
+// dialLive connects to a holder that answers: one that is ending may still take connections.
+func dialLive(socket string) (*Client, error) {
+	c, err := Dial(socket)
+	if err != nil {
+		return nil, err
+	}
+	if err := c.plain(message{Op: "ping"}, -1); err != nil {
+		c.Close()
+		return nil, err
 	}
 	return c, nil
 }

@@ -321,7 +321,7 @@ func (h *holder) handle(m message, fd int) (a answer, out int) {
 			h.touchLocked()
 		}
 	}()
-	if m.Op != "list" && m.Op != "quit" && (m.Name == "" || len(m.Name) > maxName) {
+	if m.Op != "list" && m.Op != "quit" && m.Op != "ping" && (m.Name == "" || len(m.Name) > maxName) {
 		return failed(fmt.Errorf("name of %d bytes: want 1 to %d", len(m.Name), maxName)), -1
 	}
 	if len(m.Blob) > maxBlob {
@@ -358,6 +358,7 @@ func (h *holder) handle(m message, fd int) (a answer, out int) {
 		}
 		delete(h.entries, m.Name)
 		unix.Close(e.fd)
+	case "ping":
 	case "list":
 		return h.listLocked(m.Name), -1
 	case "quit":

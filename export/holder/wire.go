@@ -18,7 +18,7 @@ const (
 )
 
 type message struct {
-	Op    string          `json:"op"`             // put, blob, get, drop, list, quit
+	Op    string          `json:"op"`             // put, blob, get, drop, list, ping, quit
 	Name  string          `json:"name,omitempty"` // list: the last name of the previous answer
 	Blob  json.RawMessage `json:"blob,omitempty"`
 	Force bool            `json:"force,omitempty"` // quit although something is held
