@@ -30,6 +30,8 @@ type live struct {
 	end  chan struct{}     // closed by endLive, so that watchLoop does not take it for an accident
 	mu   sync.Mutex        // held while endLive detaches
 	dead atomic.Bool       // the node was taken away by somebody else
+	// noted watches writes that fail; nil if nobody wants to know
+	noted *noting
 }
 
 func (l *live) closeDevice() (err error) {
@@ -53,21 +55,31 @@ func (s *Store) liveOf(id string) *live {
 
 // openLive opens a device and exports it under id. adopt: a predecessor's node is still there.
 func (s *Store) openLive(ctx context.Context, id string, dev thin.DevID, size, own int64, a attachBody, adopt bool) (*live, error) {
+	return s.openNoting(ctx, id, dev, size, own, a, adopt, nil)
+}
+
+// openNoting is openLive; lost, if not nil, is told of the first write that fails.
+func (s *Store) openNoting(ctx context.Context, id string, dev thin.DevID, size, own int64, a attachBody, adopt bool, lost func(error)) (*live, error) {
 	l := &live{id: id, dev: dev, as: a.As, ro: a.ReadOnly, own: own, end: make(chan struct{})}
 	var err error
 	l.t, err = s.pool.Open(ctx, dev, engine.OpenOptions{SizeBytes: size, ReadOnly: a.ReadOnly})
 	if err != nil {
 		return nil, err
 	}
+	served := l.t
+	if lost != nil {
+		l.noted = &noting{Thin: l.t, lost: lost}
+		served = l.noted
+	}
 	switch {
 	case a.As == AsNBD && s.o.NBD == nil:
 		err = fmt.Errorf("%w: no NBD server", ErrInvalid)
 	case a.As == AsNBD:
-		l.n, err = s.o.NBD.Serve(ctx, id, l.t, a.ReadOnly)
+		l.n, err = s.o.NBD.Serve(ctx, id, served, a.ReadOnly)
 	case adopt:
-		l.a, err = s.o.Exporter.Adopt(ctx, id, l.t)
+		l.a, err = s.o.Exporter.Adopt(ctx, id, served)
 	default:
-		l.a, err = s.o.Exporter.Attach(ctx, id, l.t, export.AttachOptions{ReadOnly: a.ReadOnly})
+		l.a, err = s.o.Exporter.Attach(ctx, id, served, export.AttachOptions{ReadOnly: a.ReadOnly})
 	}
 	if err != nil {
 		l.closeDevice()

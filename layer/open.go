@@ -53,8 +53,10 @@ type Store struct {
 	children map[string]int       // container -> snapshots; guarded by mu
 	expiries map[string]expiry    // container -> when; guarded by mu
 	leaving  map[thin.DevID]*leaving
-	workSeq  uint64 // guarded by mu
-	tasks    int    // background work that WaitQueue waits for; guarded by mu
+	viewers  map[thin.DevID]int      // device -> views that share its export; guarded by mu
+	idle     map[thin.DevID]*leaving // shared exports without views, still in use; guarded by mu
+	workSeq  uint64                  // guarded by mu
+	tasks    int                     // background work that WaitQueue waits for; guarded by mu
 }
 
 var _ API = (*Store)(nil)
@@ -88,7 +90,8 @@ func open(ctx context.Context, o Options, files fileSystems, fault func(string) 
 		o: o, log: o.Logger, pool: o.Pool, files: files, hub: newHub(), wake: make(chan struct{}, 1),
 		live: map[string]*live{}, views: map[thin.DevID]*view{}, refs: map[string]int{},
 		leases: map[string]int{}, children: map[string]int{}, expiries: map[string]expiry{},
-		leaving: map[thin.DevID]*leaving{}, boot: bootID(),
+		leaving: map[thin.DevID]*leaving{}, viewers: map[thin.DevID]int{}, idle: map[thin.DevID]*leaving{},
+		boot: bootID(),
 	}
 	s.base.ready = make(chan struct{})
 	st, err := o.Pool.Status(ctx)
@@ -201,7 +204,7 @@ func (s *Store) index() error {
 				return err
 			}
 		}
-		return nil
+		return s.indexSnapsLocked(tx)
 	})
 }
 

@@ -138,7 +138,7 @@ func (s *Store) endLeaving(ctx context.Context) bool {
 		all = append(all, l)
 	}
 	s.mu.Unlock()
-	left := false
+	left := s.endIdleExports(ctx)
 	for _, lv := range all {
 		l := s.liveOf(lv.id)
 		if l != nil {
@@ -167,6 +167,9 @@ func (s *Store) Queue() []QueueItem {
 	var out []QueueItem
 	s.mu.Lock()
 	for _, l := range s.leaving {
+		out = append(out, QueueItem{Kind: "detach", Object: l.object, Device: l.dev, Since: l.since, Attempts: l.attempts, LastErr: l.lastErr})
+	}
+	for _, l := range s.idle {
 		out = append(out, QueueItem{Kind: "detach", Object: l.object, Device: l.dev, Since: l.since, Attempts: l.attempts, LastErr: l.lastErr})
 	}
 	t := time.Now()

@@ -88,6 +88,13 @@ func (s *Store) reattach(ctx context.Context) error {
 		})
 		return true, nil
 	})
+	if err == nil {
+		err = s.reattachSnaps(ctx, survivors, func(id string, served bool) {
+			mu.Lock()
+			defer mu.Unlock()
+			known[id] = served
+		}, each)
+	}
 	if err != nil {
 		wg.Wait()
 		return err
@@ -154,13 +161,15 @@ func (s *Store) closeExports() error {
 		errs = append(errs, l.closeDevice())
 	}
 	if s.cat.ReadOnly() == nil && len(counts) > 0 {
-		errs = append(errs, s.noteOwn(ctx, func(b *containerBody) bool {
+		keep := func(b *deviceBody) bool {
 			own, ok := counts[b.ID]
 			if ok {
 				b.OwnBlocks, b.OwnStale = own, false
 			}
 			return ok
-		}))
+		}
+		errs = append(errs, s.noteOwn(ctx, func(b *containerBody) bool { return keep(&b.deviceBody) }))
+		errs = append(errs, s.noteOwnSnaps(ctx, func(b *snapBody) bool { return keep(&b.deviceBody) }))
 	}
 	return errors.Join(errs...)
 }

@@ -18,6 +18,8 @@ const (
 	kindImage     = "image"
 	kindContainer = "container"
 	kindSnapshot  = "snapshot"
+	kindSnap      = "snap"   // of containerd: see Snap
+	kindExport    = "export" // what views of one device share
 )
 
 // What is common to devices with a file system.

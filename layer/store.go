@@ -44,6 +44,8 @@ var (
 	ErrDigest = errors.New("digest mismatch")
 	// ErrNoSpace: the pool has too little free space for the operation.
 	ErrNoSpace = dev.ErrNoSpace
+	// ErrState: the object is not in the state that the operation needs (a commit of a view).
+	ErrState = errors.New("wrong state")
 	// ErrClosed: the store was closed.
 	ErrClosed = errors.New("store closed")
 )

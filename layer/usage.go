@@ -107,6 +107,12 @@ func (s *Store) keepOwn(r catalog.Record, n int64) {
 						b.setOwn(n)
 					}
 				})
+			case kindSnap:
+				return putOwn(tx, cur, func(b *snapBody) {
+					if b.Kind == SnapCommitted {
+						b.setOwn(n)
+					}
+				})
 			}
 			return nil
 		}}, nil, nil)
@@ -142,7 +148,7 @@ func (s *Store) DF(ctx context.Context) (DF, error) {
 			MappedBytes: int64(u.Mapped) * s.block, ExclusiveBytes: int64(u.Exclusive) * s.block,
 			SharedBytes: int64(u.Mapped-u.Exclusive) * s.block, UsedBytes: own})
 	}
-	for _, kind := range []string{kindBase, kindLayer, kindContainer, kindSnapshot} {
+	for _, kind := range []string{kindBase, kindLayer, kindContainer, kindSnapshot, kindSnap} {
 		var recs []record[containerBody] // has all that is needed of every kind
 		err := list(s, kind, "", "", func(r record[containerBody]) (bool, error) {
 			recs = append(recs, r)
@@ -153,7 +159,10 @@ func (s *Store) DF(ctx context.Context) (DF, error) {
 		}
 		for _, r := range recs {
 			var l *live
-			if kind == kindContainer {
+			if r.Device == 0 {
+				continue // a view, or another name of a layer
+			}
+			if kind == kindContainer || kind == kindSnap {
 				l = s.liveOf(r.body.ID)
 			}
 			add(kind, r.Key, r.body.Owner, r.Device, s.ownBytes(r.Record, r.body.deviceBody, l))

@@ -1,0 +1,47 @@
+package layer
+
+import (
+	"errors"
+	"sync"
+	"sync/atomic"
+
+	"mica/dev"
+	"mica/engine"
+)
+
+// A noting is a device that remembers whether a write to it has failed. Whoever wrote may never
+// hear of it: the kernel reports the error of a write-back to nobody who does not sync.
+type noting struct {
+	engine.Thin
+	failed atomic.Bool
+	once   sync.Once
+	lost   func(error) // told of the first failure
+}
+
+func (d *noting) WriteAt(p []byte, off int64) (int, error) {
+	n, err := d.Thin.WriteAt(p, off)
+	return n, d.note(err)
+}
+
+func (d *noting) TryWriteAt(p []byte, off int64) error {
+	return d.note(d.Thin.TryWriteAt(p, off))
+}
+
+func (d *noting) WriteZeroes(off, n int64, keepAllocated bool) error {
+	return d.note(d.Thin.WriteZeroes(off, n, keepAllocated))
+}
+
+// note looks at the outcome of a write. A device that is being closed fails nobody: the write
+// waits for who opens it next.
+func (d *noting) note(err error) error {
+	if err == nil || errors.Is(err, dev.ErrWouldBlock) || errors.Is(err, dev.ErrClosed) {
+		return err
+	}
+	d.failed.Store(true)
+	d.once.Do(func() {
+		if d.lost != nil {
+			d.lost(err)
+		}
+	})
+	return err
+}
