@@ -266,17 +266,14 @@ func open(ctx context.Context, l Location, o Options) (*Pool, error) {
 		meta.Close()
 		return nil, err
 	}
-	pid := l.pidPath()
-	if pid != "" && !o.ReadOnly {
-		if err := os.WriteFile(pid, []byte(strconv.Itoa(os.Getpid())+"\n"), 0o644); err != nil {
-			o.Logger.Warn("could not note the pid beside the pool", "err", err)
-		}
-	}
 	p, err := New(meta, data, o)
 	if err != nil {
 		return nil, err
 	}
-	if pid != "" && !o.ReadOnly {
+	if pid := l.pidPath(); pid != "" && !o.ReadOnly {
+		if err := os.WriteFile(pid, []byte(strconv.Itoa(os.Getpid())+"\n"), 0o644); err != nil {
+			o.Logger.Warn("could not note the pid beside the pool", "err", err)
+		}
 		p.onDone = func() { os.Remove(pid) }
 	}
 	return p, nil
