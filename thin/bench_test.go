@@ -184,3 +184,37 @@ func BenchmarkInsert(b *testing.B) {
 		})
 	}
 }
+
+// BenchmarkDelete deletes a device of 2 million blocks in steps, and reports the longest one,
+// for which other changes have to wait.
+func BenchmarkDelete(b *testing.B) {
+	mem := dev.NewMem(1 << 30)
+	p := newTestPoolOn(quiet{b}, 1, mem, mem, 20000000)
+	for b.Loop() {
+		p.must(p.m.CreateThin(1))
+		var es []Entry
+		for vb := VBlock(0); vb < 2000000; vb++ {
+			r, _ := p.m.AllocData(DataBlock(vb), 1)
+			if es = append(es, Entry{vb, Mapping{r.Begin, 0}}); len(es) == 4096 {
+				p.must(p.m.Insert(1, es))
+				es = es[:0]
+			}
+		}
+		_, err := p.m.Commit(nil)
+		p.must(err)
+		longest, steps := time.Duration(0), 0
+		for done := false; !done; steps++ {
+			begin := time.Now()
+			done, err = p.m.DeleteStep(1)
+			p.must(err)
+			longest = max(longest, time.Since(begin))
+			freed, err := p.m.Commit(nil)
+			p.must(err)
+			for _, r := range freed {
+				p.m.ReleaseData(r)
+			}
+		}
+		b.ReportMetric(longest.Seconds()*1000, "ms-longest-step")
+		b.ReportMetric(float64(steps), "steps")
+	}
+}

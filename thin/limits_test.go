@@ -212,8 +212,8 @@ func TestDeleteInSteps(t *testing.T) {
 		p.commit()
 		p.check()
 	}
-	if steps < 5 || steps > 30 {
-		t.Errorf("1800 leaves went in %d steps, want about 8", steps)
+	if steps < 10 || steps > 60 {
+		t.Errorf("1800 leaves went in %d steps, want about 15", steps)
 	}
 	p.thinCheck()
 }
