@@ -1,10 +1,15 @@
 package nbd
 
 import (
+	"bytes"
 	"encoding/binary"
+	"encoding/json"
 	"fmt"
 	"net"
+	"os"
+	"os/exec"
 	"path/filepath"
+	"slices"
 	"testing"
 	"time"
 
@@ -87,4 +92,97 @@ func pump(nc net.Conn, n, depth, answer int, request func(i int) []byte) error {
 		}
 	}
 	return <-done
+}
+
+// BenchmarkFio runs fio's nbd engine against this server and against nbdkit's file plugin, one
+// after the other in every iteration, on one file in memory:
+//
+//	go test -run xxx -bench Fio -benchtime 5x
+//
+// It reports both and the ratio of the medians. Figures of a busy machine mean little; the
+// ratio less than most.
+func BenchmarkFio(b *testing.B) {
+	for _, name := range []string{"fio", "nbdkit"} {
+		if _, err := exec.LookPath(name); err != nil {
+			b.Skipf("%s is not installed", name)
+		}
+	}
+	const size = 1 << 30
+	dir := medium(b)
+	path := filepath.Join(dir, "disk")
+	f, err := dev.CreateFile(path, size, dev.OpenOptions{})
+	if err != nil {
+		b.Fatal(err)
+	}
+	defer f.Close()
+	chunk := pattern(1, 1<<20)
+	for off := int64(0); off < size; off += int64(len(chunk)) {
+		if _, err := f.WriteAt(chunk, off); err != nil {
+			b.Fatal(err)
+		}
+	}
+	s, _ := startServer(b, Options{})
+	if err := s.AddExport("disk", f, ExportOptions{}); err != nil {
+		b.Fatal(err)
+	}
+	kitSocket := filepath.Join(dir, "kit")
+	kit := exec.Command("nbdkit", "-f", "-U", kitSocket, "file", path)
+	if err := kit.Start(); err != nil {
+		b.Fatal(err)
+	}
+	defer kit.Wait()
+	defer kit.Process.Signal(os.Interrupt)
+	for i := 0; ; i++ {
+		if c, err := net.Dial("unix", kitSocket); err == nil {
+			c.Close()
+			break
+		}
+		if i > 500 {
+			b.Fatal("nbdkit does not answer")
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+	uris := []string{s.URI("disk"), "nbd+unix:///?socket=" + kitSocket}
+	for _, c := range []struct {
+		op, rw, bs string
+		depth      int
+	}{
+		{"read", "randread", "4k", 16}, {"write", "randwrite", "4k", 16}, {"read", "read", "1M", 4}, {"write", "write", "1M", 4},
+	} {
+		b.Run(fmt.Sprintf("op=%s/bs=%s/qd=%d", c.op, c.bs, c.depth), func(b *testing.B) {
+			var iops [2][]float64
+			for i := range b.N {
+				for k := range uris {
+					k = (k + i) % 2
+					iops[k] = append(iops[k], fioIOPS(b, uris[k], c.rw, c.bs, c.depth))
+				}
+			}
+			own, other := median(iops[0]), median(iops[1])
+			b.ReportMetric(0, "ns/op")
+			b.ReportMetric(own, "iops")
+			b.ReportMetric(other, "nbdkit-iops")
+			b.ReportMetric(own/other, "ratio")
+		})
+	}
+}
+
+func median(v []float64) float64 {
+	slices.Sort(v)
+	return v[len(v)/2]
+}
+
+// fioIOPS is one second of fio.
+func fioIOPS(b *testing.B, uri, rw, bs string, depth int) float64 {
+	out, err := exec.Command("fio", "--name=x", "--ioengine=nbd", "--uri="+uri, "--rw="+rw, "--bs="+bs, fmt.Sprint("--iodepth=", depth),
+		"--time_based", "--runtime=1", "--size=1G", "--norandommap", "--output-format=json").Output()
+	if err != nil {
+		b.Fatalf("fio: %v\n%s", err, out)
+	}
+	var res struct {
+		Jobs []struct{ Read, Write struct{ IOPS float64 } }
+	}
+	if err := json.Unmarshal(out[bytes.IndexByte(out, '{'):], &res); err != nil {
+		b.Fatal(err)
+	}
+	return max(res.Jobs[0].Read.IOPS, res.Jobs[0].Write.IOPS)
 }

@@ -32,6 +32,8 @@ type conn struct {
 	directFn func() []byte
 	idleFn   func()
 
+	pace pace
+
 	draining atomic.Bool // answer what was received with ESHUTDOWN and end
 	late     int         // requests received while draining; the reader's own
 
@@ -139,6 +141,7 @@ func (c *conn) fill(n int, mid bool) error {
 			return err
 		}
 		c.in.received(got)
+		c.pace.start()
 	}
 	return nil
 }
@@ -208,6 +211,10 @@ func (c *conn) read(r *request) error {
 		return nil
 	}
 	n := int(r.n)
+	if c.spread() {
+		c.w.submit(c.newTask(r, int64(r.off), n))
+		return nil
+	}
 	p := c.out.data(n)
 	if p == nil || c.out.full() {
 		if err := c.flush(); err != nil {
@@ -218,13 +225,13 @@ func (c *conn) read(r *request) error {
 	var err error
 	if tr := c.e.trier; tr != nil {
 		if err = tr.TryReadAt(p, int64(r.off)); isWouldBlock(err) {
-			t := c.newTask(r, int64(r.off), n)
-			c.w.submit(t)
+			c.w.submit(c.newTask(r, int64(r.off), n))
 			return nil
 		}
 	} else {
 		err = readFull(c.e, p, int64(r.off))
 	}
+	c.pace.served()
 	if err != nil {
 		return c.fail(r, err)
 	}
@@ -235,6 +242,16 @@ func (c *conn) read(r *request) error {
 	}
 	c.out.addData(p)
 	return nil
+}
+
+// spread tells whether the request at hand, small as it is, should go to a worker: the device was
+// slow just now, and there are others to be served at the same time.
+func (c *conn) spread() bool {
+	if c.pace.slow == 0 {
+		return false
+	}
+	c.pace.slow--
+	return c.in.buffered() >= requestSize || c.w.inFlight() > 0
 }
 
 // bigRead submits a READ of more than inlineMax bytes. With structured replies it is served in
@@ -274,7 +291,7 @@ func (c *conn) write(r *request) error {
 		}
 	}
 	p := c.in.take(n)
-	if r.flags&cmdFlagFUA == 0 {
+	if r.flags&cmdFlagFUA == 0 && !c.spread() {
 		var err error
 		if tr := c.e.trier; tr != nil {
 			err = tr.TryWriteAt(p, int64(r.off))
@@ -282,6 +299,7 @@ func (c *conn) write(r *request) error {
 			_, err = c.e.d.WriteAt(p, int64(r.off))
 		}
 		if !isWouldBlock(err) {
+			c.pace.served()
 			return c.ack(r, err)
 		}
 	}

@@ -363,10 +363,54 @@ func TestWritesThatWaitLeaveRoomForOthers(t *testing.T) {
 	}
 }
 
+// TestSlowDeviceIsServedInParallel: on a device that takes its time, small requests of one
+// connection are in it together, with and without Trier.
+func TestSlowDeviceIsServedInParallel(t *testing.T) {
+	for _, cmd := range []uint16{cmdRead, cmdWrite} {
+		f := dev.NewFault(dev.NewMem(1 << 20))
+		_, c := serveDevice(t, f, ExportOptions{}, false, false)
+		const together = 8
+		all := make(chan struct{})
+		var n atomic.Int64
+		f.Add(dev.Rule{Ops: dev.OpRead | dev.OpWrite, Pass: true, Before: func(dev.Op, int64, int64) {
+			switch k := n.Add(1); {
+			case k == 1:
+				time.Sleep(2 * slowRequest)
+			case k == 1+together:
+				close(all)
+			case k < 1+together:
+				<-all // served one after the other, this never comes
+			}
+		}})
+		var b []byte
+		for i := range uint64(1 + together) {
+			var p []byte
+			if cmd == cmdWrite {
+				p = make([]byte, 4096)
+			}
+			b = append(b, rawRequest(0, cmd, i, i*4096, 4096, p)...)
+		}
+		if _, err := c.nc.Write(b); err != nil {
+			t.Fatal(err)
+		}
+		for range 1 + together {
+			if k, err := c.reply(func(uint64) int { return map[uint16]int{cmdRead: 4096}[cmd] }); err != nil || k.errno != 0 {
+				t.Fatalf("%s: %+v, %v after %d requests reached the device", commandName(cmd), k, err, n.Load())
+			}
+		}
+	}
+}
+
 // TestTrier: what the device does at once is done inline, the rest by workers.
 func TestTrier(t *testing.T) {
 	m := newTryMem(16 << 20)
-	_, c := serveDevice(t, m, ExportOptions{}, true, false)
+	s, c := serveDevice(t, m, ExportOptions{}, true, false)
+	var cn *conn
+	s.mu.Lock()
+	for cl := range s.conns {
+		cn = cl.c
+	}
+	s.mu.Unlock()
 	data := pattern(3, 64<<10)
 	steps := []struct {
 		name           string
@@ -389,6 +433,8 @@ func TestTrier(t *testing.T) {
 		if st.cmd == cmdWrite {
 			p = bytes.Repeat(data, (st.n+len(data)-1)/len(data))[:st.n]
 		}
+		// Alone in the connection, a request is never spread because the machine is slow.
+		eventually(t, "workers at rest", func() bool { return cn.w.inFlight() == 0 })
 		tried, blocked := m.tried.Load(), m.blocked.Load()
 		if _, _, err := c.do(st.flags, st.cmd, st.off, uint32(st.n), p); err != nil {
 			t.Fatalf("%s: %v", st.name, err)
