@@ -133,9 +133,6 @@ func (m *Metadata) writeSuperblock(buf []byte) error {
 	return nil
 }
 
-// Blocks is the number of metadata blocks that the commit writes beside the superblock.
-func (c *Commit) Blocks() int { return c.closed.Len() }
-
 // Superblock is the one that the commit writes.
 func (c *Commit) Superblock() Superblock { return DecodeSuperblock(c.buf) }
 

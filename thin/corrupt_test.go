@@ -81,7 +81,7 @@ func TestCheckFinds(t *testing.T) {
 		{"data smaller", 0, super, le64(64, 5), Fatal, "mapped to data block 5 of 5"},
 		{"data larger than its bitmaps", 0, super, le64(64, 16321), Fatal, "1 bitmaps, want 2 for 16321 blocks"},
 		{"device tree beyond the end", 0, super, le64(320, 2000), Fatal, "used as node of the device tree, there are 1024 blocks"},
-		{"details root is a bitmap", 0, super, le64(328, 60), Fatal, "b-tree node checksum"},
+		{"details root is a bitmap", 0, super, le64(328, 60), Fatal, "is a bitmap, want a b-tree node"},
 		{"details root is the superblock", 0, super, le64(328, 0), Fatal, "used as superblock and as node of the details tree"},
 		{"held root is a node", 0, super, le64(56, 63), Fatal, "used as node of a mapping tree and as metadata snapshot"},
 		{"held root is free", 0, super, le64(56, 500), Fatal, "superblock checksum"},

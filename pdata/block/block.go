@@ -81,6 +81,9 @@ func Seal(b []byte, loc Loc, k Kind) {
 // Verify returns a CorruptError unless b is a sealed block of kind k that lives at loc.
 func Verify(b []byte, loc Loc, k Kind) error {
 	if got, want := binary.LittleEndian.Uint32(b), Checksum(b, k); got != want {
+		if is, ok := Identify(b); ok {
+			return Corruptf(loc, "is a %s, want a %s", is, k)
+		}
 		return Corruptf(loc, "%s checksum %#08x, want %#08x", k, got, want)
 	}
 	if got := binary.LittleEndian.Uint64(b[8:]); got != uint64(loc) {

@@ -68,7 +68,7 @@ func TestVerifyFindsEveryFlippedBit(t *testing.T) {
 	if err := Verify(b, 98, Bitmap); err == nil || !strings.Contains(err.Error(), "says it is block 99") {
 		t.Errorf("misplaced block: %v", err)
 	}
-	if err := Verify(b, 99, Node); err == nil || !strings.Contains(err.Error(), "b-tree node checksum") {
+	if err := Verify(b, 99, Node); err == nil || !strings.Contains(err.Error(), "is a bitmap, want a b-tree node") {
 		t.Errorf("block of another kind: %v", err)
 	}
 }

@@ -184,9 +184,6 @@ func (n Node) Leaf() bool { return n.n.leaf() }
 // Len is the number of entries.
 func (n Node) Len() int { return n.n.len() }
 
-// Max is the capacity that the header names.
-func (n Node) Max() int { return n.n.max() }
-
 // Key returns key i.
 func (n Node) Key(i int) uint64 { return n.n.key(i) }
 

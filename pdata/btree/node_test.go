@@ -123,7 +123,7 @@ func FuzzNode(f *testing.F) {
 		}
 		r.Lookup(0, 5)
 		r.Last(0)
-		r.Count(0)
+		r.count(0, 0, bounds{})
 		r.Merge(0, 1, false, func(uint64, []byte, []byte) error { return nil })
 	})
 }

@@ -138,9 +138,7 @@ func (r Reader) Last(root block.Loc) (key uint64, ok bool, err error) {
 	return 0, false, block.Corruptf(root, "b-tree deeper than %d", MaxDepth)
 }
 
-// Count returns the number of entries of a tree, reading every node once.
-func (r Reader) Count(root block.Loc) (uint64, error) { return r.count(root, 0, bounds{}) }
-
+// count returns the number of entries of a tree, reading every node once.
 func (r Reader) count(loc block.Loc, depth int, in bounds) (uint64, error) {
 	if depth > MaxDepth {
 		return 0, block.Corruptf(loc, "b-tree deeper than %d", MaxDepth)

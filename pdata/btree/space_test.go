@@ -242,7 +242,7 @@ func (f *forest) verify() {
 		if k, ok, err := f.tree.Last(root); err != nil || ok != (n > 0) || ok && k != last {
 			f.t.Fatalf("tree %d: last key %d %v %v, want %d", i, k, ok, err, last)
 		}
-		if c, err := f.tree.r.Count(root); err != nil || c != uint64(n) {
+		if c, err := f.tree.r.count(root, 0, bounds{}); err != nil || c != uint64(n) {
 			f.t.Fatalf("tree %d: count %d %v, want %d", i, c, err, n)
 		}
 	}

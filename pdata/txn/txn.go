@@ -105,12 +105,6 @@ func (m *Manager) Dec(loc block.Loc) error {
 // Count is the number of references to a block.
 func (m *Manager) Count(loc block.Loc) uint32 { return m.sm.Count(loc) }
 
-// Dirty is the number of blocks that the open transaction would write.
-func (m *Manager) Dirty() int { return len(m.dirty) }
-
-// IsDirty reports whether loc was allocated in the open transaction.
-func (m *Manager) IsDirty(loc block.Loc) bool { return m.dirty[loc] != nil }
-
 // A Closed transaction is complete and immutable; its blocks are found by readers and wait to
 // be written.
 type Closed struct {
@@ -170,6 +164,3 @@ func (c *Closed) Write() error {
 	}
 	return nil
 }
-
-// Len is the number of blocks that Write writes.
-func (c *Closed) Len() int { return len(c.blocks) }

@@ -52,8 +52,8 @@ func TestShadow(t *testing.T) {
 	if err := m.Close().Write(); err != nil {
 		t.Fatal(err)
 	}
-	if m.Dirty() != 0 {
-		t.Errorf("%d dirty blocks after Close", m.Dirty())
+	if len(m.dirty) != 0 {
+		t.Errorf("%d dirty blocks after Close", len(m.dirty))
 	}
 	// Committed: copied, the old one stays as it is.
 	s, b, shared, err := m.Shadow(n, block.Node)
@@ -72,8 +72,8 @@ func TestShadow(t *testing.T) {
 		t.Errorf("dirty block shadowed as another kind: %v, want ErrCorrupt", err)
 	}
 	// A block that loses its last reference is not written.
-	if err := m.Dec(s); err != nil || m.IsDirty(s) {
-		t.Errorf("dropped block: %v, dirty %v", err, m.IsDirty(s))
+	if err := m.Dec(s); err != nil || m.dirty[s] != nil {
+		t.Errorf("dropped block: %v, dirty %v", err, m.dirty[s] != nil)
 	}
 }
 
@@ -92,8 +92,8 @@ func TestReadersSeeClosedBlocks(t *testing.T) {
 		locs = append(locs, loc)
 	}
 	c := m.Close()
-	if c.Len() != 300 {
-		t.Errorf("%d blocks closed, want 300", c.Len())
+	if len(c.blocks) != 300 {
+		t.Errorf("%d blocks closed, want 300", len(c.blocks))
 	}
 	for i, loc := range locs {
 		if b, err := m.Read(loc, block.Node); err != nil || b[100] != byte(i) {
