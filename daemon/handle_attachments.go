@@ -99,11 +99,12 @@ func (s *server) detachAll(ctx context.Context, timeout time.Duration) error {
 		return err
 	}
 	var holders []string
+	deadline := time.Now().Add(usersLeave)
 	for _, a := range list {
 		if a.Node == "" {
 			continue
 		}
-		for _, who := range s.busy(a.Node) {
+		for _, who := range s.lastingUsers(ctx, a.Node, deadline) {
 			holders = append(holders, a.Container+": "+who)
 		}
 	}
@@ -126,6 +127,27 @@ func (s *server) detachAll(ctx context.Context, timeout time.Duration) error {
 		return busyError(fmt.Sprintf("%d of %d were detached", detached, len(list)), holders)
 	}
 	return nil
+}
+
+// usersLeave is how long a shutdown waits for users that may be about to leave.
+const usersLeave = 2 * time.Second
+
+// lastingUsers names who still uses a node at the deadline. Others have it for moments only: udev
+// opens what changes, and a process that starts in a mount namespace of its own, such as any
+// helper, has a copy of every mount until it drops it.
+func (s *server) lastingUsers(ctx context.Context, node string, deadline time.Time) []string {
+	for {
+		users := s.busy(node)
+		if len(users) == 0 || ctx.Err() != nil || time.Now().After(deadline) {
+			return users
+		}
+		t := time.NewTimer(20 * time.Millisecond)
+		select {
+		case <-t.C:
+		case <-ctx.Done():
+			t.Stop()
+		}
+	}
 }
 
 func busyError(what string, holders []string) error {

@@ -527,6 +527,24 @@ func TestShutdown(t *testing.T) {
 	}
 }
 
+// TestShutdownWaitsForUsersThatLeave: who has a node for a moment only does not refuse a shutdown.
+func TestShutdownWaitsForUsersThatLeave(t *testing.T) {
+	b := newBench(t)
+	b.call("POST", "/v1/containers", `{"name":"web","image":"debian:12"}`)
+	b.call("POST", "/v1/attachments", `{"container":"web"}`)
+	asked := 0
+	b.s.busy = func(string) []string {
+		if asked++; asked < 4 {
+			return []string{"mounted on /mnt in the mount namespace of process 7 (exe)"}
+		}
+		return nil
+	}
+	if status, body := b.call("POST", "/v1/shutdown", ""); status != 204 {
+		t.Errorf("status %d: %s", status, body)
+	}
+	<-b.quit
+}
+
 // TestPanic: a bug in one request is that request's error.
 func TestPanic(t *testing.T) {
 	b := newBench(t)
