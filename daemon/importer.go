@@ -10,6 +10,7 @@ import (
 	"mica/daemon/api"
 	"mica/image"
 	"mica/layer"
+	"mica/layer/archive"
 )
 
 // An importer brings archives into a store and tells operations how far it is.
@@ -99,9 +100,9 @@ func archiveError(err error) error {
 		return err
 	case errors.Is(err, image.ErrDigest):
 		code = api.CodeDigest
-	case errors.Is(err, image.ErrInvalid), errors.Is(err, image.ErrLimit):
+	case errors.Is(err, image.ErrInvalid), errors.Is(err, image.ErrLimit), errors.Is(err, io.ErrUnexpectedEOF):
 		code = api.CodeInvalid
-	case errors.Is(err, io.ErrUnexpectedEOF):
+	case errors.Is(err, archive.ErrEscape), errors.Is(err, archive.ErrInvalid), errors.Is(err, archive.ErrLimit): // of a layer
 		code = api.CodeInvalid
 	default:
 		return err
