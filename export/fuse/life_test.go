@@ -84,7 +84,7 @@ func TestCycles(t *testing.T) {
 // nothingLeft checks that no mount, loop device, link or directory of the exporter is there.
 func (s *setup) nothingLeft(t *testing.T) {
 	t.Helper()
-	if l := boundTo(s.dir); len(l) > 0 {
+	if l := boundTo(s.dir + "/"); len(l) > 0 {
 		t.Errorf("loop devices left: %v", l)
 	}
 	b, err := os.ReadFile("/proc/self/mountinfo")

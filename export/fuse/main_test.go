@@ -166,9 +166,21 @@ func needTool(t testing.TB, names ...string) {
 	}
 }
 
-// boundTo lists the loop devices on files below dir.
+// boundTo lists the loop devices on files below dir, also of mounts that were detached lazily.
 func boundTo(dir string) []int {
-	return loop.Find(func(b string) bool { return strings.HasPrefix(b, dir) })
+	var list []int
+	for _, n := range loop.Find(func(string) bool { return true }) {
+		fd, err := unix.Open(fmt.Sprintf("/dev/loop%d", n), unix.O_RDONLY|unix.O_CLOEXEC, 0)
+		if err != nil {
+			continue
+		}
+		info, err := unix.IoctlLoopGetStatus64(fd)
+		if err == nil && strings.HasPrefix(unix.ByteSliceToString(info.File_name[:]), dir) {
+			list = append(list, n)
+		}
+		unix.Close(fd)
+	}
+	return list
 }
 
 func mount(t testing.TB, node, dir string, o ...string) {

@@ -260,6 +260,7 @@ func detachOnce(ctx context.Context, d Device, o DetachOptions) error {
 			return err
 		}
 	}
+	marked := autoclear(d.Number)
 	if err := unix.IoctlSetInt(fd, unix.LOOP_CLR_FD, 0); err != nil {
 		if o.Restore != nil {
 			o.Restore()
@@ -270,10 +271,14 @@ func detachOnce(ctx context.Context, d Device, o DetachOptions) error {
 		return fmt.Errorf("%s: LOOP_CLR_FD: %w", d.Node, err)
 	}
 	// The kernel refuses nobody: with other openers it only marks the device to be cleared by
-	// the last close. Take the mark off again.
+	// the last close. Take the mark off again, unless it was there before: then somebody has
+	// abandoned the device.
 	if info, err := unix.IoctlLoopGetStatus64(fd); err == nil {
 		info.Flags &^= unix.LO_FLAGS_AUTOCLEAR
-		if err := unix.IoctlLoopSetStatus64(fd, info); err != nil {
+		if !marked {
+			err = unix.IoctlLoopSetStatus64(fd, info)
+		}
+		if err != nil {
 			return fmt.Errorf("%s: take back LOOP_CLR_FD: %w", d.Node, err)
 		}
 		if o.Restore != nil {
@@ -293,21 +298,55 @@ func detachOnce(ctx context.Context, d Device, o DetachOptions) error {
 	return nil
 }
 
+// abandonWatch is how long Abandon looks after a device that is in use: a detach under way in
+// another process may take back the mark that it believes to be its own.
+const abandonWatch = 100 * time.Millisecond
+
 // Abandon marks a device whose server is gone to be cleared by its last close, whoever has it
-// open. It is for devices that nobody can serve any more.
+// open. It is for devices that nobody can serve any more. If the device is free at once, it is
+// when Abandon returns.
 func Abandon(d Device, backing string) error {
+	deadline := time.Now().Add(abandonWatch)
+	for {
+		if err := abandonOnce(d, backing); err != nil {
+			return err
+		}
+		for autoclear(d.Number) {
+			if time.Now().After(deadline) {
+				return nil
+			}
+			<-time.After(2 * time.Millisecond)
+		}
+		if now := Backing(d.Number); now == "" || now != backing && filepath.Base(now) != filepath.Base(backing) {
+			return nil
+		}
+	}
+}
+
+func abandonOnce(d Device, backing string) error {
 	fd, err := openRetry(d.Node, unix.O_RDONLY)
+	if err == unix.ENXIO || err == unix.ENODEV || err == unix.ENOENT {
+		return nil
+	}
 	if err != nil {
 		return fmt.Errorf("%s: abandon: %w", d.Node, err)
 	}
 	defer unix.Close(fd)
-	if now, ok := isOn(fd, d.Number, backing); !ok {
+	if now, ok := isOn(fd, d.Number, backing); now == "" {
+		return nil
+	} else if !ok {
 		return fmt.Errorf("%s is on %q, not %q: %w", d.Node, now, backing, ErrNotBound)
 	}
 	if err := unix.IoctlSetInt(fd, unix.LOOP_CLR_FD, 0); err != nil && err != unix.ENXIO {
 		return fmt.Errorf("%s: LOOP_CLR_FD: %w", d.Node, err)
 	}
 	return nil
+}
+
+// autoclear reports whether a bound device is marked to be cleared by its last close.
+func autoclear(n int) bool {
+	b, err := os.ReadFile(sysfs(n) + "/loop/autoclear")
+	return err == nil && strings.TrimSpace(string(b)) == "1"
 }
 
 // Remove takes a free minor that the kernel made on demand away again. Devices that are in use

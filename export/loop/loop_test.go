@@ -327,6 +327,13 @@ func TestAbandon(t *testing.T) {
 	if Backing(d.Number) != path {
 		t.Error("gone while it was open")
 	}
+	// A detach that is refused does not save it.
+	if err := Detach(context.Background(), d, DetachOptions{Backing: path, Wait: time.Millisecond}); !errors.Is(err, ErrBusy) {
+		t.Error(err)
+	}
+	if err := Abandon(d, path+"x"); !errors.Is(err, ErrNotBound) {
+		t.Errorf("abandon on another file: %v", err)
+	}
 	f.Close()
 	for range 200 {
 		if Backing(d.Number) != path {
@@ -335,6 +342,41 @@ func TestAbandon(t *testing.T) {
 		time.Sleep(10 * time.Millisecond)
 	}
 	t.Error("still there")
+}
+
+// TestAbandonAgainstDetach: a detach in another process that takes its mark back must not leave
+// an abandoned device behind.
+func TestAbandonAgainstDetach(t *testing.T) {
+	needRoot(t)
+	path := backingFile(t, 1<<20)
+	for range 20 {
+		d := attach(t, Config{Backing: path})
+		f, err := os.Open(d.Node)
+		if err != nil {
+			t.Fatal(err)
+		}
+		ctx, cancel := context.WithCancel(context.Background())
+		done := make(chan struct{})
+		go func() {
+			defer close(done)
+			for ctx.Err() == nil && Backing(d.Number) == path {
+				Detach(ctx, d, DetachOptions{Backing: path, Wait: 5 * time.Millisecond})
+			}
+		}()
+		time.Sleep(3 * time.Millisecond)
+		if err := Abandon(d, path); err != nil {
+			t.Fatal(err)
+		}
+		cancel()
+		<-done
+		f.Close()
+		for i := 0; Backing(d.Number) == path; i++ {
+			if i == 200 {
+				t.Fatal("still bound")
+			}
+			time.Sleep(10 * time.Millisecond)
+		}
+	}
 }
 
 // TestMissingNode: a container's /dev may lack the device files.
