@@ -27,7 +27,7 @@ type ExportOptions struct {
 	ReadOnly    bool
 	Description string // shown to people by clients that list exports
 	// CloseDevice closes the device once the export was removed or the server closed, and its
-	// last connection has ended. Otherwise the server never closes a device.
+	// last connection has ended; it does not flush it. Otherwise the server never closes a device.
 	CloseDevice bool
 }
 

@@ -624,6 +624,7 @@ func TestListen(t *testing.T) {
 		"no directory":   filepath.Join(dir, "none", "s"),
 		"too long":       filepath.Join(dir, strings.Repeat("x", 108)),
 		"no path at all": "",
+		"abstract":       "@mica",
 	} {
 		os.WriteFile(filepath.Join(dir, "file"), []byte("precious"), 0o600)
 		os.Symlink("/nowhere", filepath.Join(dir, "link"))

@@ -31,6 +31,9 @@ func listenUnix(path string) (*listener, error) {
 	if path == "" || len(path) > longestPath {
 		return nil, fmt.Errorf("listen on %q: path of %d bytes, want 1 to %d", path, len(path), longestPath)
 	}
+	if path[0] == '@' {
+		return nil, fmt.Errorf("listen on %q: abstract sockets have no permissions", path)
+	}
 	unlock, err := lockDir(filepath.Dir(path))
 	if err != nil {
 		return nil, fmt.Errorf("listen on %s: %w", path, err)

@@ -9,6 +9,7 @@ import (
 	"net"
 	"net/url"
 	"os"
+	"path/filepath"
 	"sort"
 	"strings"
 	"sync"
@@ -187,6 +188,9 @@ func (s *Server) Listen(path string) (net.Listener, error) {
 	ln, err := listenUnix(path)
 	if err != nil {
 		return nil, err
+	}
+	if abs, err := filepath.Abs(path); err == nil {
+		path = abs // for URI, which others use elsewhere
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
