@@ -32,7 +32,7 @@ func TestCosts(t *testing.T) {
 			t.Errorf("%s: %d flushes of the pool, want %d at most", what, n, most)
 		}
 	}
-	for i := range 3 {
+	for i := range few(3) {
 		n := fmt.Sprintf("c%d", i)
 		step("create", 3, func() { ok(t, second(s.Create(ctx, CreateOptions{Name: n, Image: "a"}))) })
 		var a Attachment

@@ -31,6 +31,9 @@ func TestModel(t *testing.T) {
 	if v := os.Getenv("LAYER_SEED"); v != "" {
 		fmt.Sscan(v, &seed)
 	}
+	if raceEnabled && *modelOps == 120 {
+		*modelOps = 25
+	}
 	t.Logf("seed %d (LAYER_SEED), %d operations (-layer.ops)", seed, *modelOps)
 	rng := rand.New(rand.NewPCG(seed, 3))
 	r := newRig(t)
@@ -258,7 +261,11 @@ func TestKill(t *testing.T) {
 	importImage(t, s, "a", []file{{name: "a", data: "a"}})
 	ctx := tctx(t)
 	have := map[string]bool{}
-	for round := range 6 {
+	rounds := 6
+	if raceEnabled {
+		rounds = 2
+	}
+	for round := range rounds {
 		r.close()
 		cmd := exec.Command("/proc/self/exe", "role-serve", r.dir)
 		cmd.Stderr = os.Stderr

@@ -46,6 +46,8 @@ func TestMain(m *testing.M) {
 		}
 		os.Exit(0)
 	}
+	// The race detector makes every process that ends wait for a second.
+	os.Setenv("GORACE", "atexit_sleep_ms=0")
 	code := m.Run()
 	if code == 0 {
 		if err := goleak.Find(); err != nil {
@@ -378,3 +380,11 @@ func wantErr(t testing.TB, err, want error, words ...string) {
 }
 
 func quietLogger() *slog.Logger { return slog.New(slog.NewTextHandler(io.Discard, nil)) }
+
+// few is n, or 1 with the race detector, where all takes several times as long.
+func few(n int) int {
+	if raceEnabled {
+		return 1
+	}
+	return n
+}
