@@ -1,0 +1,49 @@
+package main
+
+import (
+	"os"
+	"os/signal"
+	"syscall"
+
+	"github.com/spf13/cobra"
+
+	"mica/daemon"
+	"mica/export/fuse"
+	"mica/export/holder"
+	"mica/layer/helper"
+)
+
+// The roles that the daemon starts this program in. They are hidden: nobody else needs them.
+
+func newHolderCmd() *cobra.Command {
+	return &cobra.Command{
+		Use:    "holder SOCKET",
+		Short:  "Keep the daemon's descriptors while it is away",
+		Hidden: true,
+		Args:   cobra.ExactArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			daemon.SetName("mica-holder")
+			// Ctrl-C goes to every process of the terminal; the holder must outlive the daemon.
+			signal.Ignore(os.Interrupt, syscall.SIGHUP)
+			return holder.Run(cmd.Context(), args[0])
+		},
+	}
+}
+
+func newHelperCmd() *cobra.Command {
+	return &cobra.Command{
+		Use:    "helper [loop]",
+		Short:  "Do work for the daemon that may wait for its devices",
+		Hidden: true,
+		Args:   cobra.MatchAll(cobra.MaximumNArgs(1), cobra.OnlyValidArgs),
+
+		ValidArgs: []string{"loop"},
+		RunE: func(cmd *cobra.Command, args []string) error {
+			daemon.SetName("mica-helper")
+			if len(args) == 1 {
+				return fuse.RunHelper(cmd.Context(), cmd.InOrStdin(), cmd.OutOrStdout())
+			}
+			return helper.Run(cmd.Context(), cmd.InOrStdin(), cmd.OutOrStdout(), nil)
+		},
+	}
+}

@@ -1,0 +1,41 @@
+package main
+
+import (
+	"flag"
+	"fmt"
+	"os"
+	"path/filepath"
+	"testing"
+
+	"github.com/rogpeppe/go-internal/testscript"
+)
+
+var update = flag.Bool("update", false, "rewrite expected outputs and generated documents")
+
+// TestMain lets the test binary be the program: under the name mica in scripts and when the tests
+// start it, and as /proc/self/exe when the daemon starts its roles.
+func TestMain(m *testing.M) {
+	if base := filepath.Base(os.Args[0]); base == "mica" || base == "exe" {
+		main()
+	}
+	testscript.Main(m, map[string]func(){"mica": main})
+}
+
+// TestScripts runs testdata/script: the program without a daemon.
+func TestScripts(t *testing.T) {
+	testscript.Run(t, testscript.Params{
+		Dir:           filepath.Join("testdata", "script"),
+		UpdateScripts: *update,
+		Condition: func(cond string) (bool, error) {
+			if cond == "root" {
+				return os.Geteuid() == 0, nil
+			}
+			return false, fmt.Errorf("unknown condition %q", cond)
+		},
+		Setup: func(e *testscript.Env) error {
+			e.Setenv("MICA_RUN", "")
+			e.Setenv("HOME", e.WorkDir)
+			return nil
+		},
+	})
+}
