@@ -16,6 +16,8 @@ type SnapSpec struct {
 	Labels       map[string]string
 	// SizeBytes of an active one; 0: that of the parent; smaller than the parent's is ErrInvalid.
 	SizeBytes int64
+	// SizeHint is a size in bytes that is taken if it is more than the parent's.
+	SizeHint int64
 	// Unpack: it is made to unpack a layer of an image, by the host.
 	Unpack bool
 }
@@ -61,6 +63,8 @@ func (n *SnapStore) prepare(ctx context.Context, o SnapSpec) (m SnapMount, err e
 			return m, fmt.Errorf("%w size of %d bytes: the parent has %d", ErrInvalid, o.SizeBytes, size)
 		}
 		size = o.SizeBytes
+	} else if o.SizeHint > size && checkSize(o.SizeHint) == nil {
+		size = o.SizeHint
 	}
 	unlock, err := s.locks.lock(ctx, n.ref(o.Name))
 	if err != nil {
