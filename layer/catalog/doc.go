@@ -11,6 +11,7 @@
 //	         2  the device is created, the pool commits
 //	         3  the pool's transaction id goes from T to T+1
 //	         4  the file commits the record, drops the id from the reservation, remembers T+1
+//	         (2 and 3 are one commit where the pool can do both: CreateSnapsAt)
 //	remove   1  as 3
 //	         2  the file commits: record out, removal intent in, T+1
 //	         3  the device is deleted in the background, the pool commits

@@ -17,7 +17,9 @@ import (
 	"testing"
 	"time"
 
+	"mica/dev"
 	"mica/engine"
+	"mica/engine/user"
 	"mica/layer/internal/fake"
 	"mica/thin"
 )
@@ -35,7 +37,8 @@ func quiet() *slog.Logger { return slog.New(slog.NewTextHandler(io.Discard, nil)
 type world struct {
 	t       *testing.T
 	rng     *rand.Rand
-	pool    *fake.Pool
+	pool    engine.Pool
+	newPool func() engine.Pool // opens the real pool again; nil: a fake one
 	path    string
 	cat     *Catalog
 	objects map[string]string     // key -> stamp: acknowledged
@@ -295,6 +298,17 @@ var points = []string{"step:before-create", "step:after-create", "step:before-tx
 	"step:before-commit", "step:after-commit", "held:before-create", "held:after-create",
 	"remove:before-delete", "remove:after-delete"}
 
+// reopenPool closes and opens a real pool.
+func (w *world) reopenPool() {
+	if w.newPool == nil {
+		return
+	}
+	if err := w.pool.Close(); err != nil {
+		w.die("close the pool: %v", err)
+	}
+	w.pool = w.newPool()
+}
+
 func newWorld(t *testing.T, seed uint64) *world {
 	return &world{t: t, rng: rand.New(rand.NewPCG(seed, 1)), pool: fake.New(),
 		path: filepath.Join(t.TempDir(), "catalog.db"), objects: map[string]string{},
@@ -305,11 +319,29 @@ func newWorld(t *testing.T, seed uint64) *world {
 // rule must hold.
 func TestModelWithCrashes(t *testing.T) {
 	for _, plain := range []bool{false, true} {
-		t.Run(fmt.Sprintf("plain=%v", plain), func(t *testing.T) { modelWithCrashes(t, plain) })
+		t.Run(fmt.Sprintf("plain=%v", plain), func(t *testing.T) { modelWithCrashes(t, plain, nil) })
 	}
+	t.Run("engine=user", func(t *testing.T) {
+		meta, data := dev.NewMem(16<<20), dev.NewMem(4096<<16)
+		if err := thin.Format(meta, thin.FormatOptions{DataBlockSize: 64 << 10, DataBlocks: 4096}); err != nil {
+			t.Fatal(err)
+		}
+		modelWithCrashes(t, false, func() engine.Pool {
+			p, err := user.New(keepOpen{meta}, keepOpen{data}, user.Options{Logger: quiet()})
+			if err != nil {
+				t.Fatal(err)
+			}
+			return p
+		})
+	})
 }
 
-func modelWithCrashes(t *testing.T, plain bool) {
+// keepOpen is a device that outlives its pools.
+type keepOpen struct{ *dev.Mem }
+
+func (keepOpen) Close() error { return nil }
+
+func modelWithCrashes(t *testing.T, plain bool, newPool func() engine.Pool) {
 	seed := *modelSeed
 	if seed == 0 {
 		seed = uint64(time.Now().UnixNano())
@@ -317,6 +349,11 @@ func modelWithCrashes(t *testing.T, plain bool) {
 	t.Logf("seed %d", seed)
 	w := newWorld(t, seed)
 	w.plain = plain
+	if newPool != nil {
+		w.newPool = newPool
+		w.pool = newPool()
+		defer func() { w.pool.Close() }()
+	}
 	w.arm("open:before-init", 1)
 	if err := w.openFault(); !errors.Is(err, errCrash) {
 		t.Fatalf("open: %v, want a crash", err)
@@ -349,6 +386,7 @@ func modelWithCrashes(t *testing.T, plain bool) {
 				w.die("close: %v", err)
 			}
 			clean++
+			w.reopenPool()
 			if w.rng.IntN(2) == 0 {
 				w.addForeign(false)
 			}
@@ -365,6 +403,7 @@ func modelWithCrashes(t *testing.T, plain bool) {
 			crashes++
 			w.say("crash at %s", w.fault)
 			w.cat.Close()
+			w.reopenPool()
 			if w.rng.IntN(3) == 0 {
 				w.addForeign(true)
 			}
