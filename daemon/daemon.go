@@ -131,6 +131,7 @@ func (d *daemon) open(ctx context.Context) error {
 		store: d.store, pool: d.pool,
 		importFile: im.file, importStream: im.stream,
 		check:    func(ctx context.Context, op *operation) (api.CheckResult, error) { return checkPool(ctx, d.pool, op) },
+		stall:    time.Duration(d.c.Limits.StallTimeout),
 		busy:     nodeUsers,
 		describe: d.describe, describePool: d.describePool,
 		quit: func() { d.once.Do(func() { close(d.quit) }) },

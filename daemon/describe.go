@@ -9,6 +9,7 @@ import (
 
 	"mica/daemon/api"
 	"mica/dev"
+	"mica/engine/user"
 	"mica/export"
 	"mica/export/loop"
 )
@@ -59,11 +60,24 @@ func (d *daemon) describe(st *api.Status) {
 	}
 	p := &st.Pool
 	if p.NeedsCheck || p.FailReason != "" {
-		st.Notes = append(st.Notes, "the pool takes no changes ("+p.FailReason+"): stop the daemon, then run: mica pool check --repair "+d.loc.String())
+		st.Notes = append(st.Notes, failureNote(p, d.loc))
 	}
 	if promised := p.DataSpaceBytes - max(0, p.HostBytes); p.HostBytes >= 0 && p.HostFreeBytes >= 0 && promised > p.HostFreeBytes {
 		st.Notes = append(st.Notes, fmt.Sprintf("the data file may still grow by %d bytes, its file system has %d free: it can fill up before the pool does", promised, p.HostFreeBytes))
 	}
+}
+
+// failureNote says what to do about a pool that must be checked.
+func failureNote(p *api.Pool, l user.Location) string {
+	where := l.Dir
+	if where == "" {
+		where = "--metadata " + l.Metadata
+	}
+	why := ""
+	if p.FailReason != "" {
+		why = " (" + p.FailReason + ")"
+	}
+	return "the pool takes no changes" + why + ": end the daemon with SIGTERM, then run: mica thin check --clear-needs-check " + where
 }
 
 // notes are what holds for the whole life of the daemon.

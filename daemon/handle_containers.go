@@ -129,7 +129,7 @@ func (s *server) commitContainer(q *request) (int, any, error) {
 func (s *server) diffContainer(q *request) (int, any, error) {
 	o := layer.DiffOptions{Snapshot: q.str("snapshot"), QuiesceOptions: layer.QuiesceOptions{
 		Quiesced: q.flag("quiesced"), CrashOK: q.flag("crash_ok"), TrustGuest: q.flag("trust_guest")}}
-	w := &lateWriter{w: q.w}
+	w := &lateWriter{w: q.w, c: http.NewResponseController(q.w), limit: s.stall}
 	level, err := s.store.Diff(q.Context(), q.path("name"), w, o)
 	if err != nil && !w.begun {
 		return 0, nil, err
@@ -139,28 +139,9 @@ func (s *server) diffContainer(q *request) (int, any, error) {
 		panic(http.ErrAbortHandler)
 	}
 	w.begin()
+	w.done()
 	q.w.Header().Set(api.TrailerLevel, string(level))
 	return 0, nil, errAnswered
-}
-
-// A lateWriter sends the header with the first byte.
-type lateWriter struct {
-	w     http.ResponseWriter
-	begun bool
-}
-
-func (l *lateWriter) begin() {
-	if !l.begun {
-		l.begun = true
-		l.w.Header().Set("Content-Type", api.MediaTar)
-		l.w.Header().Set("Trailer", api.TrailerLevel)
-		l.w.WriteHeader(http.StatusOK)
-	}
-}
-
-func (l *lateWriter) Write(p []byte) (int, error) {
-	l.begin()
-	return l.w.Write(p)
 }
 
 func (s *server) resizeContainer(q *request) (int, any, error) {

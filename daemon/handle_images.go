@@ -70,9 +70,11 @@ func (s *server) importImage(q *request) (int, any, error) {
 		op.wait(q.Context(), q.duration("wait"))
 		return operationAnswer(q, op)
 	}
+	body := newStallReader(ctx, q, s.stall)
 	s.ops.run(ctx, op, func(ctx context.Context, op *operation) (any, error) {
-		return s.importStream(ctx, op, q.Body, p)
+		return s.importStream(ctx, op, body, p)
 	})
+	body.done()
 	return operationAnswer(q, op)
 }
 

@@ -12,6 +12,7 @@ import (
 	"mica/daemon/api"
 	"mica/daemon/config"
 	"mica/dev"
+	"mica/engine"
 	"mica/engine/user"
 	"mica/thin"
 )
@@ -116,7 +117,8 @@ func lowWaterMark(l user.Location, part config.Percent) (uint64, error) {
 
 // checkPool checks the metadata of an open pool as of a commit made now.
 func checkPool(ctx context.Context, p *user.Pool, op *operation) (api.CheckResult, error) {
-	if err := p.Commit(ctx); err != nil {
+	// A pool that cannot commit any more is checked as of its last commit.
+	if err := p.Commit(ctx); err != nil && !errors.Is(err, dev.ErrReadOnly) && !errors.Is(err, engine.ErrFailed) {
 		return api.CheckResult{}, err
 	}
 	v := p.Metadata().Pin()

@@ -13,6 +13,7 @@ import (
 	"slices"
 	"strings"
 	"sync/atomic"
+	"time"
 
 	"mica/daemon/api"
 	"mica/engine"
@@ -28,6 +29,8 @@ type parts struct {
 	importStream func(ctx context.Context, op *operation, r io.Reader, p api.ImportParams) (api.ImportResult, error)
 	// check looks through the pool's metadata as of its last commit. Nil: it cannot be done.
 	check func(ctx context.Context, op *operation) (api.CheckResult, error)
+	// stall bounds how long a client may neither send nor take a byte of an archive or a diff.
+	stall time.Duration
 	// busy says who uses a node ("mounted on /mnt"), empty if nobody does.
 	busy func(node string) []string
 	// describe fills in what only the daemon knows: paths, processes, exports.

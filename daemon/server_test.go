@@ -366,6 +366,80 @@ func TestImportStream(t *testing.T) {
 	}
 }
 
+// TestStalledClients: who neither sends nor takes anything does not hold the daemon for ever.
+func TestStalledClients(t *testing.T) {
+	b := newBench(t)
+	b.s.stall = 50 * time.Millisecond
+	r, w := io.Pipe()
+	defer w.Close()
+	go w.Write([]byte("half an archive"))
+	resp, err := http.Post(b.http.URL+"/v1/images?operation=slow", api.MediaOctets, r)
+	if err == nil {
+		body, _ := io.ReadAll(resp.Body)
+		resp.Body.Close()
+		if resp.StatusCode != 400 || !strings.Contains(string(body), "not a byte of it came") {
+			t.Errorf("import: %d %s", resp.StatusCode, body)
+		}
+	}
+	if _, body := b.call("GET", "/v1/operations/slow?wait=10s", ""); field(t, body, "state") != "failed" {
+		t.Errorf("operation: %s", body)
+	}
+	b.call("POST", "/v1/containers", `{"name":"web","image":"debian:12"}`)
+	ended := make(chan error, 1)
+	b.store.setDiff(func(w io.Writer) error {
+		var err error
+		for range 1000 {
+			if _, err = w.Write(make([]byte, 1<<20)); err != nil {
+				break
+			}
+		}
+		ended <- err
+		return err
+	})
+	resp, err = http.Get(b.http.URL + "/v1/containers/web/diff")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer resp.Body.Close()
+	select {
+	case err := <-ended:
+		if err == nil {
+			t.Error("1 GiB went to a client that reads nothing")
+		}
+	case <-time.After(20 * time.Second):
+		t.Error("a client that reads nothing holds the diff")
+	}
+}
+
+// TestCancelStream: cancelling an import that waits for its sender ends it at once.
+func TestCancelStream(t *testing.T) {
+	b := newBench(t)
+	r, w := io.Pipe()
+	defer w.Close()
+	go w.Write([]byte("half an archive"))
+	answered := make(chan struct{})
+	go func() {
+		defer close(answered)
+		if resp, err := http.Post(b.http.URL+"/v1/images?operation=up", api.MediaOctets, r); err == nil {
+			resp.Body.Close()
+		}
+	}()
+	for {
+		if status, _ := b.call("GET", "/v1/operations/up", ""); status == 200 {
+			break
+		}
+		time.Sleep(time.Millisecond)
+	}
+	if _, body := b.call("DELETE", "/v1/operations/up?wait=20s", ""); field(t, body, "state") != "cancelled" {
+		t.Errorf("operation: %s", body)
+	}
+	select {
+	case <-answered:
+	case <-time.After(20 * time.Second):
+		t.Error("the sender is not answered")
+	}
+}
+
 func TestOperationCancel(t *testing.T) {
 	b := newBench(t)
 	b.store.block = make(chan struct{})

@@ -381,7 +381,8 @@ base_size = "256M"
 		t.Error("110 MiB fit into a pool of 96 MiB")
 	}
 	b.eventually("the events tell of it", func() bool {
-		return strings.Contains(b.mica("events", "--no-follow", "--json"), `"out_of_data_space"`)
+		text := b.mica("events", "--no-follow", "--json")
+		return strings.Contains(text, `"out_of_data_space"`) && strings.Contains(text, `"low_water_mark"`)
 	})
 	b.mica("pool", "grow", "--size", "256M")
 	if p := asJSON[api.Status](b, "status").Pool; p.Mode != "rw" || p.DataSpaceBytes != 256<<20 {

@@ -7,6 +7,7 @@ import (
 	"os"
 	"path/filepath"
 	"reflect"
+	"regexp"
 	"slices"
 	"strings"
 	"time"
@@ -28,6 +29,7 @@ type Config struct {
 	AutoExtend AutoExtend `toml:"auto_extend" doc:"Growing the pool by itself."`
 	Containers Containers `toml:"containers" doc:"File systems of containers."`
 	Exports    Exports    `toml:"exports" doc:"Block devices of containers."`
+	Containerd Containerd `toml:"containerd" doc:"What containerd uses as a snapshotter and differ. docs/containerd.md has containerd's side of it."`
 	Limits     Limits     `toml:"limits" doc:"Bounds of what the daemon uses."`
 }
 
@@ -77,6 +79,26 @@ type Exports struct {
 	LinkDir string `toml:"link_dir" doc:"Directory of the links to the nodes of containers."`
 }
 
+// Containerd says what containerd is offered.
+type Containerd struct {
+	Enabled      bool     `toml:"enabled" doc:"Listen on RUN/snapshotter.sock and RUN/diff.sock, which only root may use."`
+	Address      string   `toml:"address" doc:"containerd's own socket, through which the diff service reads and writes blobs."`
+	ShareLayers  bool     `toml:"share_layers" doc:"Layers that are there already, unpacked for another namespace or imported with 'mica image import', are not unpacked again."`
+	MountOptions []string `toml:"mount_options" doc:"Added to the mount options of the snapshotter mica, after those of [containers]."`
+	GuestOwned   bool     `toml:"guest_owned" doc:"The containers of the snapshotter mica are virtual machines (Kata, Firecracker) that get their devices raw: the host does not look into their file systems."`
+	// Snapshotters are further ones, by name.
+	Snapshotters map[string]Snapshotter `toml:"snapshotters" doc:"Further snapshotters, each with snapshots of its own on RUN/snapshotter-NAME.sock: one for each runtime that needs other settings. Their keys are mount_options and guest_owned, as above." example:"[containerd.snapshotters.mica-kata]\nguest_owned = true"`
+}
+
+// Snapshotter is one further snapshotter.
+type Snapshotter struct {
+	MountOptions []string `toml:"mount_options" doc:"Added to the mount options, after those of [containers]."`
+	GuestOwned   bool     `toml:"guest_owned" doc:"Its containers are virtual machines that get their devices raw."`
+}
+
+// DefaultSnapshotter is the name of the snapshotter that is always there.
+const DefaultSnapshotter = "mica"
+
 // Limits bound what the daemon uses.
 type Limits struct {
 	Memory        Size     `toml:"memory" doc:"Soft limit of the daemon's memory. 0: 192M, twice the size of the table cache and 2 bytes for each data block."`
@@ -101,6 +123,7 @@ func Default() Config {
 		AutoExtend: AutoExtend{Threshold: 80, Step: 20, HostFree: 5},
 		Containers: Containers{BaseSize: 10 << 30, FileSystem: "ext4", Discard: true},
 		Exports:    Exports{LinkDir: "/dev/mica"},
+		Containerd: Containerd{Enabled: true, Address: "/run/containerd/containerd.sock", ShareLayers: true},
 		Limits: Limits{
 			TableCache: 128 << 20, MetadataCache: 32 << 20,
 			HelperTimeout: Duration(time.Minute), StallTimeout: Duration(5 * time.Minute),
@@ -149,6 +172,9 @@ func Parse(text []byte) (Config, error) {
 	return c, c.Validate()
 }
 
+// snapshotterName is what a further snapshotter may be called: its socket's name has it.
+var snapshotterName = regexp.MustCompile(`^[a-zA-Z0-9][a-zA-Z0-9_-]{0,47}$`)
+
 // Validate names the first value that cannot be used.
 func (c *Config) Validate() error {
 	if err := validateNumbers(reflect.ValueOf(*c), ""); err != nil {
@@ -158,7 +184,7 @@ func (c *Config) Validate() error {
 		return fmt.Errorf("%s: "+format, append([]any{key}, args...)...)
 	}
 	for _, p := range []struct{ key, path string }{
-		{"root", c.Root}, {"run", c.Run}, {"exports.link_dir", c.Exports.LinkDir},
+		{"root", c.Root}, {"run", c.Run}, {"exports.link_dir", c.Exports.LinkDir}, {"containerd.address", c.Containerd.Address},
 	} {
 		if !filepath.IsAbs(p.path) {
 			return bad(p.key, "%q is not an absolute path", p.path)
@@ -187,9 +213,18 @@ func (c *Config) Validate() error {
 	if c.Containers.BaseSize < 16<<20 {
 		return bad("containers.base_size", "%s is less than 16M", c.Containers.BaseSize)
 	}
-	for _, o := range c.Containers.MountOptions {
-		if o == "" || strings.ContainsAny(o, " \t\n") {
-			return bad("containers.mount_options", "%q is not a mount option", o)
+	options := map[string][]string{"containers.mount_options": c.Containers.MountOptions, "containerd.mount_options": c.Containerd.MountOptions}
+	for name, sn := range c.Containerd.Snapshotters {
+		if !snapshotterName.MatchString(name) || name == DefaultSnapshotter {
+			return bad("containerd.snapshotters", "%q is not a name for a further snapshotter: want 1 to 48 letters, digits, \"-\" and \"_\", and not %q", name, DefaultSnapshotter)
+		}
+		options["containerd.snapshotters."+name+".mount_options"] = sn.MountOptions
+	}
+	for key, list := range options {
+		for _, o := range list {
+			if o == "" || strings.ContainsAny(o, " \t\n") {
+				return bad(key, "%q is not a mount option", o)
+			}
 		}
 	}
 	if !slices.Contains([]string{"debug", "info", "warn", "error"}, c.Log.Level) {

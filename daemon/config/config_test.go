@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/google/go-cmp/cmp"
+	"github.com/google/go-cmp/cmp/cmpopts"
 )
 
 var update = flag.Bool("update", false, "rewrite generated documents")
@@ -32,6 +33,9 @@ func TestParse(t *testing.T) {
 		{"percentage as integer", "[auto_extend]\nenabled = true\nthreshold = 75", with(func(c *Config) { c.AutoExtend.Enabled, c.AutoExtend.Threshold = true, 75 })},
 		{"percentage as string", "[auto_extend]\nthreshold = \"75%\"", with(func(c *Config) { c.AutoExtend.Threshold = 75 })},
 		{"list", "[containers]\nmount_options = [\"noatime\"]", with(func(c *Config) { c.Containers.MountOptions = []string{"noatime"} })},
+		{"further snapshotter", "[containerd.snapshotters.kata]\nguest_owned = true", with(func(c *Config) {
+			c.Containerd.Snapshotters = map[string]Snapshotter{"kata": {GuestOwned: true}}
+		})},
 		{"false over a true default", "[containers]\ndiscard = false", with(func(c *Config) { c.Containers.Discard = false })},
 	}
 	for _, tt := range tests {
@@ -68,6 +72,11 @@ func TestParseRefuses(t *testing.T) {
 		{"pool smaller than a block", "[pool]\nsize = 4096", []string{"less than one block"}},
 		{"file system", "[containers]\nfile_system = \"btrfs\"", []string{`"btrfs"`}},
 		{"mount option with a blank", "[containers]\nmount_options = [\"a b\"]", []string{"not a mount option"}},
+		{"snapshotter of the name that is taken", "[containerd.snapshotters.mica]", []string{"containerd.snapshotters", `"mica"`}},
+		{"snapshotter with a slash", "[containerd.snapshotters.\"a/b\"]", []string{"containerd.snapshotters", `"a/b"`}},
+		{"mount option of a snapshotter", "[containerd.snapshotters.kata]\nmount_options = [\"\"]", []string{"containerd.snapshotters.kata.mount_options"}},
+		{"key of a snapshotter", "[containerd.snapshotters.kata]\nguest = true", []string{"unknown keys", "guest"}},
+		{"containerd's socket", "[containerd]\naddress = \"containerd.sock\"", []string{"containerd.address"}},
 		{"log level", "[log]\nlevel = \"loud\"", []string{`"loud"`}},
 		{"threshold that never ends", "[auto_extend]\nenabled = true\nthreshold = 0", []string{"auto_extend.threshold"}},
 		{"memory too small to run in", "[limits]\nmemory = \"1M\"", []string{"limits.memory"}},
@@ -135,10 +144,7 @@ func TestReference(t *testing.T) {
 	if err != nil {
 		t.Fatalf("the reference does not parse: %v", err)
 	}
-	if len(c.Containers.MountOptions) == 0 {
-		c.Containers.MountOptions = nil
-	}
-	if d := cmp.Diff(Default(), c); d != "" {
+	if d := cmp.Diff(Default(), c, cmpopts.EquateEmpty()); d != "" {
 		t.Errorf("the reference is not the defaults:\n%s", d)
 	}
 	var check func(reflect.Type)

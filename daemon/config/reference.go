@@ -50,6 +50,12 @@ func writeKeys(b *strings.Builder, v reflect.Value) {
 		}
 		first = false
 		comment(b, f.Tag.Get("doc"))
+		if f.Type.Kind() == reflect.Map { // tables: there are none by default
+			for line := range strings.Lines(f.Tag.Get("example")) {
+				b.WriteString("#     " + strings.TrimSpace(line) + "\n")
+			}
+			continue
+		}
 		fmt.Fprintf(b, "%s = %s\n", f.Tag.Get("toml"), literal(v.Field(i)))
 	}
 }
