@@ -293,6 +293,7 @@ func TestClientStreamCutOff(t *testing.T) {
 	b := newBench(t)
 	c := b.serveUnix()
 	r, w := io.Pipe()
+	defer w.Close()
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error, 1)
 	go func() {
@@ -329,6 +330,7 @@ func TestClientStreamDaemonDies(t *testing.T) {
 	stop := b.listenUnix(run)
 	c := client.New(run)
 	r, w := io.Pipe()
+	defer w.Close()
 	done := make(chan error, 1)
 	go func() {
 		_, err := c.ImportStream(context.Background(), r, api.ImportParams{Name: "cut"}, client.OpOptions{ID: "cut"})

@@ -60,6 +60,8 @@ type daemon struct {
 	ops      *operations
 	server   *server
 
+	containerd *containerdEnd
+
 	ctx    context.Context // of the background; cancelled by close
 	cancel context.CancelFunc
 	wg     sync.WaitGroup
@@ -134,10 +136,12 @@ func (d *daemon) open(ctx context.Context) error {
 		stall:    time.Duration(d.c.Limits.StallTimeout),
 		busy:     nodeUsers,
 		describe: d.describe, describePool: d.describePool,
-		quit: func() { d.once.Do(func() { close(d.quit) }) },
+		quit:  func() { d.once.Do(func() { close(d.quit) }) },
+		snaps: d.store,
 	}, d.hub, d.ops, d.log)
 	d.background()
-	return nil
+	d.containerd, err = startContainerd(d.c.Run, d.c.Containerd, d.store, d.log)
+	return err
 }
 
 func (d *daemon) path(name string) string { return filepath.Join(d.c.Run, name) }
@@ -277,6 +281,9 @@ func (d *daemon) close() error {
 		octx, cancel := context.WithTimeout(context.Background(), endOperations)
 		defer cancel()
 		add("operations", d.ops.close(octx))
+	}
+	if d.containerd != nil {
+		d.containerd.close()
 	}
 	if d.store != nil {
 		add("store", d.store.Close()) // and what it serves with the two below

@@ -108,6 +108,7 @@ func (s *server) detachAll(ctx context.Context, timeout time.Duration) error {
 			holders = append(holders, a.Container+": "+who)
 		}
 	}
+	holders = append(holders, s.snapHolders(ctx, deadline)...)
 	if len(holders) > 0 {
 		return busyError("nothing was detached", holders)
 	}
@@ -122,6 +123,13 @@ func (s *server) detachAll(ctx context.Context, timeout time.Duration) error {
 		default:
 			return fmt.Errorf("detach %q: %w", a.Container, err)
 		}
+	}
+	if s.snaps != nil {
+		busy, err := s.snaps.DetachSnaps(ctx)
+		if err != nil {
+			return err
+		}
+		holders = append(holders, busy...)
 	}
 	if len(holders) > 0 {
 		return busyError(fmt.Sprintf("%d of %d were detached", detached, len(list)), holders)

@@ -22,7 +22,11 @@ const longestSocket = 107
 // listen makes the API's socket: 0600, or 0660 for a group. RUN is locked, so a socket that is
 // there belongs to nobody.
 func listen(run, group string) (net.Listener, error) {
-	path := filepath.Join(run, api.SocketName)
+	return listenAt(filepath.Join(run, api.SocketName), group)
+}
+
+// listenAt makes a socket in RUN. What is there of another user, or no socket, is left alone.
+func listenAt(path, group string) (net.Listener, error) {
 	if len(path) > longestSocket {
 		return nil, fmt.Errorf("socket %s: path of %d bytes, at most %d: choose a shorter --run", path, len(path), longestSocket)
 	}
@@ -33,6 +37,9 @@ func listen(run, group string) (net.Listener, error) {
 			return nil, err
 		}
 		mode = 0o660
+	}
+	if err := mayReplace(path); err != nil {
+		return nil, err
 	}
 	if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return nil, err
@@ -71,4 +78,22 @@ func groupID(group string) (int, error) {
 		return 0, fmt.Errorf("api.group: there is no group %q", group)
 	}
 	return strconv.Atoi(g.Gid)
+}
+
+// mayReplace says why what is at path cannot be replaced by a socket of ours.
+func mayReplace(path string) error {
+	st, err := os.Lstat(path)
+	if errors.Is(err, os.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	if st.Mode().Type() != os.ModeSocket {
+		return fmt.Errorf("socket %s: there is something else of that name (%s); take it away first", path, st.Mode())
+	}
+	if s, ok := st.Sys().(*syscall.Stat_t); ok && int(s.Uid) != os.Geteuid() {
+		return fmt.Errorf("socket %s: it belongs to user %d, the daemon runs as user %d; take it away first", path, s.Uid, os.Geteuid())
+	}
+	return nil
 }

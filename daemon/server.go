@@ -39,6 +39,8 @@ type parts struct {
 	describePool func(*api.Pool)
 	// quit ends the daemon soon after. Everything is detached.
 	quit func()
+	// snaps are containerd's. Nil: there are none.
+	snaps snapNodes
 }
 
 // A server answers the API's requests. See routes for what there is.

@@ -67,6 +67,7 @@ func newBench(t *testing.T) *bench {
 	b.page = parsePage(t, b.s.page)
 	t.Cleanup(func() {
 		h.close()
+		http.DefaultClient.CloseIdleConnections()
 		b.http.Close()
 		ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
 		defer cancel()
