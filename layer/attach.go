@@ -32,6 +32,7 @@ type live struct {
 	dead atomic.Bool       // the node was taken away by somebody else
 	// noted watches writes that fail; nil if nobody wants to know
 	noted *noting
+	snap  string // of a snapshot: the name of the lock that it is made and ended under; guarded by Store.mu
 }
 
 func (l *live) closeDevice() (err error) {
@@ -55,11 +56,11 @@ func (s *Store) liveOf(id string) *live {
 
 // openLive opens a device and exports it under id. adopt: a predecessor's node is still there.
 func (s *Store) openLive(ctx context.Context, id string, dev thin.DevID, size, own int64, a attachBody, adopt bool) (*live, error) {
-	return s.openNoting(ctx, id, dev, size, own, a, adopt, nil)
+	return s.openNoting(ctx, id, dev, size, own, a, adopt, "", nil)
 }
 
-// openNoting is openLive; lost, if not nil, is told of the first write that fails.
-func (s *Store) openNoting(ctx context.Context, id string, dev thin.DevID, size, own int64, a attachBody, adopt bool, lost func(error)) (*live, error) {
+// openNoting is openLive for a snapshot; lost, if not nil, is told of the first write that fails.
+func (s *Store) openNoting(ctx context.Context, id string, dev thin.DevID, size, own int64, a attachBody, adopt bool, snap string, lost func(error)) (*live, error) {
 	l := &live{id: id, dev: dev, as: a.As, ro: a.ReadOnly, own: own, end: make(chan struct{})}
 	var err error
 	l.t, err = s.pool.Open(ctx, dev, engine.OpenOptions{SizeBytes: size, ReadOnly: a.ReadOnly})
@@ -86,6 +87,7 @@ func (s *Store) openNoting(ctx context.Context, id string, dev thin.DevID, size,
 		return nil, err
 	}
 	s.mu.Lock()
+	l.snap = snap
 	s.live[id] = l
 	s.mu.Unlock()
 	if l.a != nil {

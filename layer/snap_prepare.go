@@ -155,7 +155,7 @@ func (n *SnapStore) makeActive(ctx context.Context, rec *record[snapBody], src s
 func (s *Store) openSnap(ctx context.Context, r record[snapBody], own int64, adopt bool) (*live, error) {
 	key := r.Key
 	lost := func(err error) { s.noteLostWrites(key, r.Device, err) }
-	return s.openNoting(ctx, r.body.ID, r.Device, r.body.SizeBytes, own, *r.body.Attach, adopt, lost)
+	return s.openNoting(ctx, r.body.ID, r.Device, r.body.SizeBytes, own, *r.body.Attach, adopt, r.Ref(), lost)
 }
 
 // noteLostWrites writes down that a write to a snapshot's device failed, so that it is not
@@ -233,17 +233,21 @@ func (n *SnapStore) mountAgain(ctx context.Context, name string) (m SnapMount, e
 			return m, fmt.Errorf("its node was taken away: %w", err)
 		}
 	}
-	if _, err := s.openSnap(ctx, r, -1, false); err != nil {
-		return m, fmt.Errorf("attach: %w", err)
+	own := int64(-1)
+	if !r.body.OwnStale {
+		own = r.body.OwnBlocks
 	}
 	if r.body.Attach.Boot != s.boot || !r.body.OwnStale {
-		r, err = s.editSnap(ctx, r.Key, func(b *snapBody) error {
+		r, err = s.editSnap(ctx, r.Key, func(b *snapBody) error { // before the first write can happen
 			b.Attach.Boot, b.OwnStale = s.boot, true
 			return nil
 		})
 		if err != nil {
 			return m, err
 		}
+	}
+	if _, err := s.openSnap(ctx, r, own, false); err != nil {
+		return m, fmt.Errorf("attach: %w", err)
 	}
 	return n.snapMount(r)
 }

@@ -118,7 +118,7 @@ func (s *Store) reattachExports(ctx context.Context, survivors []string, note fu
 			return true, nil
 		}
 		each(func() {
-			if _, err := s.openLive(ctx, b.ID, b.Device, b.SizeBytes, 0, attachBody{As: AsBlock, ReadOnly: true}, adopt); err != nil {
+			if err := s.openShared(ctx, b, adopt); err != nil {
 				s.log.Error("node of views did not come back", "object", b.Object, "adopted", adopt, "err", err)
 				note(b.ID, false)
 				return

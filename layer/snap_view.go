@@ -125,7 +125,11 @@ func (s *Store) openExport(ctx context.Context, ex record[exportBody]) error {
 			return fmt.Errorf("its node was taken away: %w", err)
 		}
 	}
-	_, err := s.openLive(ctx, ex.body.ID, ex.body.Device, ex.body.SizeBytes, 0, attachBody{As: AsBlock, ReadOnly: true}, false)
+	return s.openShared(ctx, ex.body, false)
+}
+
+func (s *Store) openShared(ctx context.Context, b exportBody, adopt bool) error {
+	_, err := s.openNoting(ctx, b.ID, b.Device, b.SizeBytes, 0, attachBody{As: AsBlock, ReadOnly: true}, adopt, exportLock(b.Device), nil)
 	return err
 }
 
