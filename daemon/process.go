@@ -24,13 +24,19 @@ func BecomeIOFlusher(exe string, argv, env []string) error {
 	if isIOFlusher() {
 		return nil
 	}
+	if os.Getenv(flusherMark) != "" {
+		return errors.New("PR_SET_IO_FLUSHER did not last over exec")
+	}
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
 	if err := unix.Prctl(unix.PR_SET_IO_FLUSHER, 1, 0, 0, 0); err != nil {
 		return fmt.Errorf("PR_SET_IO_FLUSHER: %w", err)
 	}
-	return fmt.Errorf("exec %s: %w", exe, unix.Exec(exe, argv, env))
+	return fmt.Errorf("exec %s: %w", exe, unix.Exec(exe, argv, append(env, flusherMark+"=1")))
 }
+
+// flusherMark in the environment says that the program has begun again.
+const flusherMark = "MICA_IO_FLUSHER"
 
 func isIOFlusher() bool {
 	n, err := unix.PrctlRetInt(unix.PR_GET_IO_FLUSHER, 0, 0, 0, 0)

@@ -10,6 +10,7 @@ import (
 	"io"
 	"os"
 	"os/signal"
+	"slices"
 	"strings"
 	"syscall"
 
@@ -95,6 +96,7 @@ The pools are those of the kernel's device mapper (dm-thin), byte for byte.`,
 	}
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return usageError{err} })
 	root.PersistentFlags().StringVar(&runFlag, "run", "", "RUN directory of the daemon (default $MICA_RUN or /run/mica)")
+	root.AddGroup(groups()...)
 	root.AddCommand(commands()...)
 	for _, c := range root.Commands() {
 		usageArgs(c)
@@ -138,17 +140,31 @@ func suggest(c *cobra.Command, typed string) string {
 	return "\nDid you mean: " + strings.Join(list, ", ") + "?"
 }
 
+// groups are the headings of the commands in the help, in order.
+func groups() []*cobra.Group {
+	return []*cobra.Group{
+		{ID: "daemon", Title: "The daemon:"},
+		{ID: "everyday", Title: "Images and containers:"},
+		{ID: "pools", Title: "Pools:"},
+	}
+}
+
+// group puts commands under a heading.
+func group(id string, list ...*cobra.Command) []*cobra.Command {
+	for _, c := range list {
+		c.GroupID = id
+	}
+	return list
+}
+
 // commands lists every command of the program.
 func commands() []*cobra.Command {
-	return []*cobra.Command{
-		newServeCmd(), newShutdownCmd(), newStatusCmd(), newEventsCmd(),
-		newImageCmd(),
-		newCreateCmd(), newMountCmd(), newUmountCmd(), newAttachCmd(), newDetachCmd(),
-		newSnapshotCmd(), newRollbackCmd(), newForkCmd(), newCommitCmd(), newDiffCmd(), newResizeCmd(),
-		newLsCmd(), newInspectCmd(), newRmCmd(), newDfCmd(),
-		newPoolCmd(),
-		newThinCmd(),
-		newVersionCmd(), newCompletionCmd(),
-		newHolderCmd(), newHelperCmd(), newManCmd(),
-	}
+	return slices.Concat(
+		group("daemon", newServeCmd(), newShutdownCmd(), newStatusCmd(), newEventsCmd()),
+		group("everyday", newImageCmd(), newCreateCmd(), newMountCmd(), newUmountCmd(), newAttachCmd(), newDetachCmd(),
+			newSnapshotCmd(), newRollbackCmd(), newForkCmd(), newCommitCmd(), newDiffCmd(), newResizeCmd(),
+			newLsCmd(), newInspectCmd(), newRmCmd(), newDfCmd()),
+		group("pools", newPoolCmd(), newThinCmd()),
+		group("", newVersionCmd(), newCompletionCmd(), newHolderCmd(), newHelperCmd(), newManCmd()),
+	)
 }

@@ -42,12 +42,21 @@ func (o *opProgress) show(op api.Operation) {
 			o.done[s.Name] = true
 			b.end()
 			if s.Unit == "bytes" {
-				fmt.Fprintf(o.p.w, "%s: %s\n", s.Name, size(s.Done))
+				o.say("%s: %s\n", s.Name, size(s.Done))
 			} else {
-				fmt.Fprintf(o.p.w, "%s: done\n", s.Name)
+				o.say("%s: done\n", s.Name)
 			}
 		}
 	}
+}
+
+// say prints a line, above the bars if there are any.
+func (o *opProgress) say(format string, args ...any) {
+	w := o.p.w
+	if o.p.bars != nil {
+		w = o.p.bars
+	}
+	fmt.Fprintf(w, format, args...)
 }
 
 // end takes the bars away.
