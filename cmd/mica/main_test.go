@@ -8,6 +8,8 @@ import (
 	"testing"
 
 	"github.com/rogpeppe/go-internal/testscript"
+
+	"mica/internal/vm"
 )
 
 var update = flag.Bool("update", false, "rewrite expected outputs and generated documents")
@@ -18,7 +20,15 @@ func TestMain(m *testing.M) {
 	if base := filepath.Base(os.Args[0]); base == "mica" || base == "exe" {
 		main()
 	}
-	testscript.Main(m, map[string]func(){"mica": main})
+	testscript.Main(tests{m}, map[string]func(){"mica": main})
+}
+
+// tests says at the end how many tests had no machine to run in.
+type tests struct{ m *testing.M }
+
+func (t tests) Run() int {
+	defer vm.PrintSkipped()
+	return t.m.Run()
 }
 
 // TestScripts runs testdata/script: the program without a daemon.
