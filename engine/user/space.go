@@ -130,7 +130,7 @@ func isHostFull(err error) bool {
 
 // waitFor is called by a write of t that gave its token back because of why. It returns nil
 // when the write may try again. seq is what space.now said before the attempt.
-func (p *Pool) waitFor(t *Thin, why error, seq uint64) error {
+func (p *Pool) waitFor(t *Thin, why error, seq uint64, noWait bool) error {
 	switch {
 	case errors.Is(why, errWantPending):
 		return p.commitNow()
@@ -139,9 +139,9 @@ func (p *Pool) waitFor(t *Thin, why error, seq uint64) error {
 	case errors.Is(why, errWantReserve):
 		return p.waitMeta(true)
 	case errors.Is(why, errWantData):
-		return p.waitData(t, nil, seq)
+		return p.waitData(t, nil, seq, noWait)
 	}
-	return p.waitData(t, why, seq)
+	return p.waitData(t, why, seq, noWait)
 }
 
 // waitMeta commits once, which may free metadata blocks, and fails if that did not help.
@@ -168,8 +168,9 @@ func (p *Pool) mayFree() bool {
 	return p.pending.Load() > 0 || p.release.busy() || p.meta.Space().DataFreeing > 0
 }
 
-// waitData waits for data blocks, or with host set for space on the host.
-func (p *Pool) waitData(t *Thin, host error, seq uint64) error {
+// waitData waits for data blocks, or with host set for space on the host. With noWait it does what
+// can make room at once, and else refuses.
+func (p *Pool) waitData(t *Thin, host error, seq uint64, noWait bool) error {
 	s := &p.space
 	if host == nil && s.now() == seq && p.mayFree() {
 		if err := p.commitNow(); err != nil {
@@ -199,6 +200,8 @@ func (p *Pool) waitData(t *Thin, host error, seq uint64) error {
 		refuse = fmt.Sprintf("since %v", p.opts.NoSpaceTimeout)
 	case int(t.d.waiting.Load()) >= p.opts.MaxWaiters:
 		refuse = fmt.Sprintf("%d writes of this device wait already", t.d.waiting.Load())
+	case noWait:
+		refuse = "too much waits in front of this device already"
 	}
 	if refuse != "" {
 		s.mu.Unlock()

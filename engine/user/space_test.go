@@ -172,6 +172,22 @@ func TestWaitersAreBounded(t *testing.T) {
 	}
 }
 
+// TestWriteAtNoWait: where WriteAt waits for space it fails at once, and only there.
+func TestWriteAtNoWait(t *testing.T) {
+	tp, h := fullPool(t, 8, Options{CommitInterval: time.Hour})
+	g := tp.thin(2, 1<<20)
+	if _, err := g.WriteAtNoWait(fill(1, 4096), 0); !errors.Is(err, dev.ErrNoSpace) {
+		t.Errorf("write without waiting to a full pool: %v, want ErrNoSpace", err)
+	}
+	if n, err := h.WriteAtNoWait(fill(2, 4096), 4096); n != 4096 || err != nil {
+		t.Errorf("overwrite in a full pool: %d, %v", n, err)
+	}
+	must(t, h.Discard(0, block))
+	if n, err := g.WriteAtNoWait(fill(1, 4096), 0); n != 4096 || err != nil {
+		t.Errorf("write after a discard: %d, %v", n, err)
+	}
+}
+
 // TestExtentsAreTakenBack: what one device has set aside serves another before the pool is full.
 func TestExtentsAreTakenBack(t *testing.T) {
 	tp := newPool(t, poolSize{dataBlocks: 64}, Options{ErrorIfNoSpace: true, CommitInterval: time.Hour})

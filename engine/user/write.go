@@ -41,14 +41,20 @@ func (s payload) part(i, j int64) payload {
 // WriteAt overwrites mapped blocks that are the device's own in place, each contiguous run with
 // one write, and gives the others new blocks first. When there is no space it waits or fails
 // with dev.ErrNoSpace, as the pool's options say.
-func (t *Thin) WriteAt(p []byte, off int64) (int, error) {
+func (t *Thin) WriteAt(p []byte, off int64) (int, error) { return t.writeAt(p, off, false) }
+
+// WriteAtNoWait is WriteAt for a caller whose requests may not all wait for space: where WriteAt
+// would wait it fails with dev.ErrNoSpace. It may still wait for a commit.
+func (t *Thin) WriteAtNoWait(p []byte, off int64) (int, error) { return t.writeAt(p, off, true) }
+
+func (t *Thin) writeAt(p []byte, off int64, noWait bool) (int, error) {
 	if err := dev.CheckRange(off, int64(len(p)), t.size.Load()); err != nil {
 		return 0, t.wrap("write", err)
 	}
 	if t.readOnly {
 		return 0, t.wrap("write", dev.ErrReadOnly)
 	}
-	n, err := t.write(bytesOf(p), off, t.writeStep)
+	n, err := t.write(bytesOf(p), off, t.writeStep, noWait)
 	if err != nil {
 		err = fmt.Errorf("thin %d: write %d bytes at %d: %w", t.d.id, len(p), off, err)
 	}
@@ -59,8 +65,8 @@ func (t *Thin) WriteAt(p []byte, off int64) (int, error) {
 // error that means waiting makes write wait, without a token, and call it again.
 type step func(s payload, off int64) (int64, error)
 
-// write runs steps until all of s is done.
-func (t *Thin) write(s payload, off int64, do step) (done int64, err error) {
+// write runs steps until all of s is done. With noWait it fails where it would wait for space.
+func (t *Thin) write(s payload, off int64, do step, noWait bool) (done int64, err error) {
 	if s.n == 0 && t.closed.Load() {
 		return 0, dev.ErrClosed
 	}
@@ -85,7 +91,7 @@ func (t *Thin) write(s payload, off int64, do step) (done int64, err error) {
 		if !mustWait(err) {
 			return done, err
 		}
-		if err := t.p.waitFor(t, err, seq); err != nil {
+		if err := t.p.waitFor(t, err, seq, noWait); err != nil {
 			return done, err
 		}
 	}

@@ -15,7 +15,7 @@ func (t *Thin) Discard(off, n int64) error {
 	if begin >= end {
 		return nil
 	}
-	if _, err := t.write(payload{nil, end - begin}, begin, t.unmapStep); err != nil {
+	if _, err := t.write(payload{nil, end - begin}, begin, t.unmapStep, false); err != nil {
 		return t.wrap("discard", err)
 	}
 	return nil
@@ -35,7 +35,7 @@ func (t *Thin) WriteZeroes(off, n int64, keepAllocated bool) error {
 			return t.unmapStep(payload{nil, whole}, off)
 		}
 		return t.zeroStep(s.part(0, min(s.n, t.bs-in)), off, keepAllocated, &zero)
-	})
+	}, false)
 	if err != nil {
 		return t.wrap("write zeroes", err)
 	}
