@@ -150,7 +150,7 @@ func (c *conn) fill(n int, mid bool) error {
 // request is served, within the time that whoever drains has.
 func (c *conn) recv(p func() []byte, mid bool) (int, error) {
 	for {
-		n, err := c.link.recv(p, c.idleFn, c.w.inFlight() == 0) // leave the processor to workers
+		n, err := c.link.recv(p, c.idleFn)
 		if err == nil || !mid || !c.draining.Load() || !errors.Is(err, os.ErrDeadlineExceeded) {
 			return n, err
 		}

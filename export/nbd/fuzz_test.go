@@ -22,7 +22,7 @@ type memLink struct {
 	full bool // the client has had enough
 }
 
-func (l *memLink) recv(p func() []byte, idle func(), spin bool) (int, error) {
+func (l *memLink) recv(p func() []byte, idle func()) (int, error) {
 	if len(l.in) == 0 {
 		idle()
 		if l.idled != nil {

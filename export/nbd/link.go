@@ -13,10 +13,9 @@ import (
 
 // A link is the byte stream of one connection in the transmission phase.
 type link interface {
-	// recv receives at least one byte into p(). Only the connection's reader calls it. With
-	// spin it tries for some microseconds before it waits. Before it waits it calls idle; after
-	// that it takes p anew.
-	recv(p func() []byte, idle func(), spin bool) (int, error)
+	// recv receives at least one byte into p(). Only the connection's reader calls it. Before
+	// it waits it calls idle; after that it takes p anew.
+	recv(p func() []byte, idle func()) (int, error)
 	// send sends all of bufs, in order. It may change bufs. Calls are serialised by the caller.
 	send(bufs [][]byte) error
 	// interrupt makes recv fail with os.ErrDeadlineExceeded, now and later, once it would wait.
@@ -84,11 +83,11 @@ const (
 	spinEvery  = 8
 )
 
-func (s *sock) recv(p func() []byte, idle func(), spin bool) (int, error) {
+func (s *sock) recv(p func() []byte, idle func()) (int, error) {
 	if n, again, err := recvNow(s.fd, p()); !again {
 		return n, err
 	}
-	if spin && (s.misses < spinMisses || s.misses%spinEvery == 0) {
+	if s.misses < spinMisses || s.misses%spinEvery == 0 {
 		for range spinTries {
 			if n, again, err := recvNow(s.fd, p()); !again {
 				s.misses = 0
