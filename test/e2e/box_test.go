@@ -1,0 +1,381 @@
+// Package e2e drives the real program as its users do: a daemon in a directory of its own, the
+// commands, the block devices and sockets that they give, and the field's tools on the other
+// side. Every test ends with the pool before two checkers and with nothing left on the machine.
+package e2e
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"mica/daemon/api"
+	"mica/daemon/client"
+)
+
+// program is the real binary, built once.
+var program string
+
+func TestMain(m *testing.M) {
+	if len(os.Args) > 1 && os.Args[1] == writerRole {
+		os.Exit(runWriter(os.Args[2:]))
+	}
+	os.Exit(runTests(m))
+}
+
+func runTests(m *testing.M) int {
+	dir, err := os.MkdirTemp("", "mica-e2e-bin-")
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 1
+	}
+	defer os.RemoveAll(dir)
+	program = filepath.Join(dir, "mica")
+	build := exec.Command("go", "build", "-o", program, "mica/cmd/mica")
+	if out, err := build.CombinedOutput(); err != nil {
+		fmt.Fprintf(os.Stderr, "build mica: %v\n%s", err, out)
+		return 1
+	}
+	return m.Run()
+}
+
+// needMachine skips a test that needs what an unprivileged container does not have.
+func needMachine(t *testing.T, tools ...string) {
+	t.Helper()
+	if os.Geteuid() != 0 {
+		t.Skip("SKIPPED: needs root, for mounts and loop devices")
+	}
+	for _, f := range []string{"/dev/fuse", "/dev/loop-control", "/dev/shm"} {
+		if _, err := os.Stat(f); err != nil {
+			t.Skipf("SKIPPED: needs %s: %v", f, err)
+		}
+	}
+	for _, n := range append(tools, "mkfs.ext4", "e2fsck") {
+		if _, err := exec.LookPath(n); err != nil {
+			t.Skipf("SKIPPED: needs %s: %v", n, err)
+		}
+	}
+}
+
+// marker is in the environment of everything that a box starts, so that all of it can be found.
+const marker = "MICA_E2E_BOX="
+
+// A box is a place in memory for one daemon, with its own ROOT, RUN and links.
+type box struct {
+	*testing.T
+	dir, root, run, pool string
+	config               string // text of the configuration; changed before start
+	serve                *exec.Cmd
+	exited               chan error // of serve
+	tools                []*exec.Cmd
+	watchdog             *time.Timer
+	atEnd                []func() // in the reverse order, before the machine is looked at
+	noCheck              bool     // the pool at the end is damaged on purpose, or not there
+}
+
+// newBox makes a box. At the end of the test everything in it is taken down and looked at.
+func newBox(t *testing.T, tools ...string) *box {
+	t.Helper()
+	needMachine(t, tools...)
+	dir, err := os.MkdirTemp("/dev/shm", "mica-e2e-")
+	if err != nil {
+		t.Fatal(err)
+	}
+	b := &box{T: t, dir: dir, root: filepath.Join(dir, "root"), run: filepath.Join(dir, "run")}
+	b.pool = filepath.Join(b.root, "pool")
+	b.config = "[pool]\nsize = \"2G\"\n[containers]\nbase_size = \"512M\"\n"
+	b.watchdog = time.AfterFunc(boxLimit, b.giveUp)
+	t.Cleanup(b.takeDown)
+	return b
+}
+
+// boxLimit bounds the life of a box. A test that hangs in a read of what nobody serves would not
+// end with go test's own limit, and leave everything behind.
+const boxLimit = 4 * time.Minute
+
+// giveUp shows what the daemon is at, and kills everything in the box.
+func (b *box) giveUp() {
+	b.Errorf("the test is not over after %v: everything it started is killed", boxLimit)
+	if b.serve != nil {
+		b.serve.Process.Signal(syscall.SIGQUIT)
+		time.Sleep(2 * time.Second)
+	}
+	for _, pid := range b.processes() {
+		syscall.Kill(pid, syscall.SIGKILL)
+	}
+}
+
+// command makes a command of the program.
+func (b *box) command(args ...string) *exec.Cmd {
+	c := exec.Command(program, args...)
+	c.Env = append(os.Environ(), "MICA_RUN="+b.run, marker+b.dir)
+	c.Dir = b.dir
+	return c
+}
+
+// tool makes a command of another program.
+func (b *box) tool(name string, args ...string) *exec.Cmd {
+	c := exec.Command(name, args...)
+	c.Env = append(os.Environ(), "LC_ALL=C", marker+b.dir)
+	c.Dir = b.dir
+	return c
+}
+
+// commandLimit bounds one command; a hang is shown with the stacks of all goroutines.
+const commandLimit = 2 * time.Minute
+
+func (b *box) try(args ...string) (stdout, stderr string, code int) {
+	b.Helper()
+	return b.tryCommand(b.command(args...))
+}
+
+func (b *box) tryCommand(c *exec.Cmd) (stdout, stderr string, code int) {
+	b.Helper()
+	var o, e bytes.Buffer
+	c.Stdout, c.Stderr = &o, &e
+	if err := c.Start(); err != nil {
+		b.Fatal(err)
+	}
+	timer := time.AfterFunc(commandLimit, func() { c.Process.Signal(syscall.SIGQUIT) })
+	defer timer.Stop()
+	var exit *exec.ExitError
+	if err := c.Wait(); err != nil && !errors.As(err, &exit) {
+		b.Fatal(err)
+	}
+	return o.String(), e.String(), c.ProcessState.ExitCode()
+}
+
+// mica runs a command that must succeed and returns what it printed, without the last newline.
+func (b *box) mica(args ...string) string {
+	b.Helper()
+	out, stderr, code := b.try(args...)
+	if code != 0 {
+		b.Fatalf("mica %s: exit status %d\n%s", strings.Join(args, " "), code, stderr)
+	}
+	return strings.TrimSuffix(out, "\n")
+}
+
+// fails runs a command that must end with exit status 1, print nothing, and say all the words.
+func (b *box) fails(args []string, words ...string) string {
+	b.Helper()
+	out, stderr, code := b.try(args...)
+	b.wantFailure(strings.Join(args, " "), out, stderr, code, 1, words)
+	return stderr
+}
+
+// misused is fails for a mistake in the command line, with exit status 2.
+func (b *box) misused(args []string, words ...string) {
+	b.Helper()
+	out, stderr, code := b.try(args...)
+	b.wantFailure(strings.Join(args, " "), out, stderr, code, 2, words)
+}
+
+func (b *box) wantFailure(what, out, stderr string, code, want int, words []string) {
+	b.Helper()
+	if code != want || out != "" {
+		b.Errorf("mica %s: exit status %d, want %d\nstdout: %s\nstderr: %s", what, code, want, out, stderr)
+	}
+	for _, w := range words {
+		if !strings.Contains(stderr, w) {
+			b.Errorf("mica %s: the message does not say %q: %s", what, w, stderr)
+		}
+	}
+	if strings.Contains(stderr, "goroutine ") || strings.Contains(stderr, "panic") {
+		b.Errorf("mica %s: panicked", what)
+	}
+}
+
+// sh runs another program, which must succeed, and returns what it printed.
+func (b *box) sh(name string, args ...string) string {
+	b.Helper()
+	out, err := b.tool(name, args...).CombinedOutput()
+	if err != nil {
+		b.Fatalf("%s %s: %v\n%s", name, strings.Join(args, " "), err, out)
+	}
+	return string(out)
+}
+
+// asJSON runs a command with --json and decodes what it prints.
+func asJSON[T any](b *box, args ...string) (v T) {
+	b.Helper()
+	out := b.mica(append(args, "--json")...)
+	if err := json.Unmarshal([]byte(out), &v); err != nil {
+		b.Fatalf("mica %s --json: %v in %q", strings.Join(args, " "), err, out)
+	}
+	return v
+}
+
+func (b *box) status() api.Status {
+	b.Helper()
+	return asJSON[api.Status](b, "status")
+}
+
+func (b *box) serveArgs() []string {
+	b.Helper()
+	file := filepath.Join(b.dir, "config.toml")
+	links := "[exports]\nlink_dir = \"" + filepath.Join(b.dir, "links") + "\"\n"
+	if err := os.WriteFile(file, []byte(b.config+links), 0o600); err != nil {
+		b.Fatal(err)
+	}
+	return []string{"serve", "--root", b.root, "--run", b.run, "--config", file}
+}
+
+// start starts the daemon and waits until it answers.
+func (b *box) start() {
+	b.Helper()
+	b.serve = b.command(b.serveArgs()...)
+	log, err := os.OpenFile(b.path("log"), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
+	if err != nil {
+		b.Fatal(err)
+	}
+	defer log.Close()
+	b.serve.Stderr = log
+	if err := b.serve.Start(); err != nil {
+		b.Fatal(err)
+	}
+	serve, exited := b.serve, make(chan error, 1)
+	b.exited = exited
+	go func() { exited <- serve.Wait() }()
+	c := client.New(b.run)
+	defer c.Close()
+	for deadline := time.Now().Add(60 * time.Second); ; {
+		st, err := c.Status(context.Background())
+		if err == nil && st.PID == serve.Process.Pid {
+			return
+		}
+		select {
+		case err := <-exited:
+			b.serve = nil
+			b.Fatalf("the daemon ended: %v", err)
+		case <-time.After(10 * time.Millisecond):
+		}
+		if time.Now().After(deadline) {
+			b.Fatalf("the daemon does not answer: %v", err)
+		}
+	}
+}
+
+// stop ends the daemon with a signal and waits for it. The exit code is returned, -1 for a kill.
+func (b *box) stop(sig os.Signal) int {
+	b.Helper()
+	if err := b.serve.Process.Signal(sig); err != nil {
+		b.Fatal(err)
+	}
+	return b.waitEnd()
+}
+
+func (b *box) waitEnd() int {
+	b.Helper()
+	select {
+	case <-b.exited:
+	case <-time.After(60 * time.Second):
+		b.Fatal("the daemon does not end")
+	}
+	code := b.serve.ProcessState.ExitCode()
+	b.serve = nil
+	return code
+}
+
+// shutdown detaches everything and ends the daemon.
+func (b *box) shutdown() {
+	b.Helper()
+	b.mica("shutdown")
+	if code := b.waitEnd(); code != 0 {
+		b.Errorf("the daemon ended with %d after a shutdown", code)
+	}
+}
+
+func (b *box) path(name string) string { return filepath.Join(b.dir, name) }
+
+func (b *box) mkdir(name string) string {
+	b.Helper()
+	if err := os.MkdirAll(b.path(name), 0o755); err != nil {
+		b.Fatal(err)
+	}
+	return b.path(name)
+}
+
+func (b *box) writeFile(name string, text []byte) string {
+	b.Helper()
+	if err := os.WriteFile(b.path(name), text, 0o644); err != nil {
+		b.Fatal(err)
+	}
+	return b.path(name)
+}
+
+func (b *box) readFile(path string) []byte {
+	b.Helper()
+	t, err := os.ReadFile(path)
+	if err != nil {
+		b.Fatal(err)
+	}
+	return t
+}
+
+// mount mounts a container on a directory of the box and returns it.
+func (b *box) mount(name string, flags ...string) string {
+	b.Helper()
+	dir := b.mkdir("mnt/" + name)
+	b.mica(append([]string{"mount", name, dir}, flags...)...)
+	return dir
+}
+
+// background starts a tool that the end of the test kills if it still runs.
+func (b *box) background(c *exec.Cmd) *exec.Cmd {
+	b.Helper()
+	if err := c.Start(); err != nil {
+		b.Fatal(err)
+	}
+	b.tools = append(b.tools, c)
+	return c
+}
+
+// A figure is what a failed command must leave as it was.
+type figure struct {
+	used                                           uint64 // data blocks
+	devices, images, layers, containers, snapshots int
+}
+
+// figures waits until nothing is on its way any more, and returns the numbers of the pool and
+// the store.
+func (b *box) figures() figure {
+	b.Helper()
+	for deadline := time.Now().Add(30 * time.Second); ; time.Sleep(20 * time.Millisecond) {
+		st := b.status()
+		if len(st.Store.Queue) == 0 && st.Pool.DataFreeing == 0 && st.Store.BaseReady && st.Running == 0 {
+			s := st.Store
+			return figure{st.Pool.DataUsed, st.Pool.Devices, s.Images, s.Layers, s.Containers, s.Snapshots}
+		}
+		if time.Now().After(deadline) {
+			b.Fatalf("it does not come to rest: queue %+v, %d blocks being freed, %d operations", st.Store.Queue, st.Pool.DataFreeing, st.Running)
+		}
+	}
+}
+
+// eventually waits until a condition holds.
+func (b *box) eventually(what string, cond func() bool) {
+	b.Helper()
+	for deadline := time.Now().Add(30 * time.Second); !cond(); time.Sleep(20 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			b.Fatalf("it does not come to it: %s", what)
+		}
+	}
+}
+
+// unmount takes away what the test mounted itself.
+func (b *box) unmount(dir string) {
+	b.Helper()
+	if err := unix.Unmount(dir, 0); err != nil {
+		b.Fatalf("unmount %s: %v", dir, err)
+	}
+}

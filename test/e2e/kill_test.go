@@ -1,0 +1,165 @@
+package e2e
+
+import (
+	"bytes"
+	"encoding/binary"
+	"fmt"
+	"math/rand"
+	"os"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// An instant is when the daemon was killed: somewhere between two times.
+type instant struct{ from, to int64 }
+
+// TestKilledUnderLoad kills the daemon again and again under load. Mounted containers go on: fio
+// on a file that is there sees no error and verifies everything; programs that write to new
+// blocks of a device and sync each write see no error either, and every write that was
+// synced is there in the end. A write that was acknowledged but not yet synced when the daemon
+// was killed may be lost if it went to a new block, and nothing else.
+func TestKilledUnderLoad(t *testing.T) {
+	b := newBox(t, "fio")
+	b.start()
+	if !b.status().Exports.Resend {
+		t.Skip("SKIPPED: this kernel cannot resend FUSE requests: want Linux 6.9 or later")
+	}
+	b.smallImage()
+	b.mica("create", "small", "web")
+	dir := b.mount("web")
+	// fio overwrites blocks that are the container's own, over and over.
+	file := filepath.Join(dir, "file")
+	b.endFio(b.background(b.fio(8, 0, "--filename="+file, "--ioengine=libaio", "--direct=1")))
+	b.sh("sync", "-f", file)
+	b.figures()
+	load := b.tool("sh", "-c", `n=0; while [ ! -e stop ]; do n=$((n+1)); "$@" --randseed=$n >fio.out 2>&1 || { cat fio.out; exit 1; }; done; echo $n`,
+		"sh", "fio", "--name=v", "--rw=randwrite", "--bsrange=512-64k", "--numjobs=4", "--iodepth=8", "--size=8m", "--offset_increment=8m",
+		"--verify=crc32c", "--verify_state_save=0", "--verify_fatal=1", "--verify_dump=0", "--group_reporting", "--filename="+file,
+		"--ioengine=libaio", "--direct=1", "--allow_file_create=0")
+	var loadOut bytes.Buffer
+	load.Stdout, load.Stderr = &loadOut, &loadOut
+	b.background(load)
+
+	const writers, span = 3, int64(96 << 20)
+	b.mica("create", "small", "raw")
+	node := b.mica("attach", "raw")
+	seed := time.Now().UnixNano()
+	t.Logf("seed %d", seed)
+	var all []*writer
+	for i := range int64(writers) {
+		all = append(all, b.startWriter("blocks", node, fmt.Sprint(seed+i), fmt.Sprint(i*span), fmt.Sprint(span)))
+	}
+	rng := rand.New(rand.NewSource(seed))
+	var kills []instant
+	for range 10 {
+		for _, w := range all {
+			w.wait(t, 1+rng.Intn(10))
+		}
+		k := instant{from: monotonic()}
+		b.stop(syscall.SIGKILL)
+		k.to = monotonic()
+		kills = append(kills, k)
+		b.start()
+	}
+	for _, w := range all {
+		w.wait(t, 5)
+	}
+	b.writeFile("stop", nil)
+	if err := load.Wait(); err != nil {
+		t.Errorf("fio: %v\n%s", err, loadOut.String())
+	}
+	t.Logf("%s runs of fio over 10 kills", strings.TrimSpace(loadOut.String()))
+	total, exempt := 0, 0
+	device, err := os.OpenFile(node, os.O_RDONLY|unix.O_DIRECT, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for i, w := range all {
+		lines := w.stop(t)
+		n, x := b.checkBlocks(device, seed+int64(i), int64(i)*span, span, lines, kills)
+		total, exempt = total+n, exempt+x
+	}
+	device.Close()
+	t.Logf("%d synced writes, %d of them under way at a kill", total, exempt)
+	b.mica("detach", "raw")
+	b.mica("umount", "web")
+	node = b.mica("attach", "web")
+	b.sh("e2fsck", "-fn", node)
+	b.mica("detach", "web")
+}
+
+// checkBlocks compares the device with what a blocks writer wrote: each sector holds the last
+// write to it, or, where that was under way at a kill, that one or what was there before.
+func (b *box) checkBlocks(device *os.File, seed, off, length int64, lines []string, kills []instant) (ops, exempt int) {
+	b.Helper()
+	type state struct {
+		last  uint64          // number of the last write that must be there; 0: what the image has
+		maybe map[uint64]bool // later ones that may be
+	}
+	sectors := map[int64]*state{}
+	rng := rand.New(rand.NewSource(seed))
+	for i, l := range lines {
+		o := nextOp(rng, off, length)
+		var begin, end int64
+		if _, err := fmt.Sscan(l, &begin, &end); err != nil {
+			b.Fatalf("a writer printed %q", l)
+		}
+		open := false // a kill while it was under way
+		for _, k := range kills {
+			open = open || begin <= k.to && end >= k.from
+		}
+		if open {
+			exempt++
+		}
+		for at := o.off; at < o.off+int64(o.length); at += sector {
+			s := sectors[at]
+			if s == nil {
+				s = &state{maybe: map[uint64]bool{}}
+				sectors[at] = s
+			}
+			if open {
+				s.maybe[uint64(i+1)] = true
+			} else {
+				s.last, s.maybe = uint64(i+1), map[uint64]bool{}
+			}
+		}
+	}
+	mem, err := unix.Mmap(-1, 0, 1<<20, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_ANON|unix.MAP_PRIVATE)
+	if err != nil {
+		b.Fatal(err)
+	}
+	defer unix.Munmap(mem)
+	want := make([]byte, sector)
+	bad := 0
+	for at := off; at < off+length; at += int64(len(mem)) {
+		if _, err := device.ReadAt(mem, at); err != nil {
+			b.Fatal(err)
+		}
+		for i := int64(0); i < int64(len(mem)); i += sector {
+			s := sectors[at+i]
+			if s == nil || s.last == 0 {
+				continue // never written for sure
+			}
+			got := mem[i : i+sector]
+			number := binary.LittleEndian.Uint64(got[8:])
+			fillOp(want, op{at + i, sector}, number)
+			if number == s.last || s.maybe[number] {
+				if bytes.Equal(got, want) {
+					continue
+				}
+			}
+			if bad++; bad < 10 {
+				b.Errorf("sector at %d holds write %d, want write %d", at+i, number, s.last)
+			}
+		}
+	}
+	if bad > 0 {
+		b.Errorf("%d sectors hold something else than what was synced", bad)
+	}
+	return len(lines), exempt
+}
