@@ -276,13 +276,14 @@ func TestFlushWaitsForCommitUnderWay(t *testing.T) {
 	held, release := make(chan struct{}), make(chan struct{})
 	tp.meta.Add(dev.Rule{Ops: dev.OpFlush, Times: 1, Pass: true, Before: func(dev.Op, int64, int64) { close(held); <-release }})
 	aDone, bDone := make(chan error, 1), make(chan error, 1)
+	before := tp.data.Counts().Flushes
 	go func() { aDone <- a.Flush() }()
 	<-held
 	// The commit's data sync is over; the flush of a device that was written since needs another.
 	eventually(t, "the commit's data sync is done", func() bool {
 		tp.p.data.syncs.mu.Lock()
 		defer tp.p.data.syncs.mu.Unlock()
-		return !tp.p.data.syncs.running && tp.p.data.syncs.done > 0
+		return !tp.p.data.syncs.running && tp.data.Counts().Flushes > before
 	})
 	write(t, b, fill(3, 4096), 0)
 	syncs := tp.data.Counts().Flushes

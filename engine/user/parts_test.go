@@ -9,6 +9,7 @@ import (
 	"testing"
 	"time"
 
+	"mica/dev"
 	"mica/engine"
 	"mica/thin"
 )
@@ -138,6 +139,97 @@ func TestZeroMapsAreBounded(t *testing.T) {
 	must(t, h.WriteZeroes(0, 8192, false))
 	if n := h.MappedBlocks(); n != 0 {
 		t.Errorf("%d blocks mapped, want none", n)
+	}
+}
+
+// holdWrite makes the next data write wait until the returned function is called; held is closed
+// when it has come.
+func (tp *testPool) holdWrite() (held chan struct{}, release func()) {
+	held, ch := make(chan struct{}), make(chan struct{})
+	tp.data.Add(dev.Rule{Ops: dev.OpWrite, Times: 1, Pass: true, Before: func(dev.Op, int64, int64) { close(held); <-ch }})
+	return held, sync.OnceFunc(func() { close(ch) })
+}
+
+// TestUnmappingWaitsForUntrackedWriters: a write in place that began before anything was known of
+// the block's parts is waited for, and what it writes stays.
+func TestUnmappingWaitsForUntrackedWriters(t *testing.T) {
+	tp := newPool(t, poolSize{}, still)
+	tp.create(1)
+	h := tp.thin(1, 1<<20)
+	write(t, h, fill(1, 4096), 4096)
+	h.Close()
+	tp.reopen() // the rest of the block is a hole of the data device, nothing is remembered
+	h = tp.thin(1, 1<<20)
+	read(t, h, 1, 0)
+	held, release := tp.holdWrite()
+	defer release()
+	wrote, zeroed := make(chan error, 1), make(chan error, 1)
+	go func() {
+		_, err := h.WriteAt(fill(2, 4096), 16<<10)
+		wrote <- err
+	}()
+	<-held
+	go func() { zeroed <- h.WriteZeroes(4096, 4096, false) }()
+	select {
+	case <-zeroed:
+		t.Error("the block was unmapped beside a write in place")
+	case <-time.After(30 * time.Millisecond):
+	}
+	release()
+	must(t, <-wrote)
+	if !t.Failed() {
+		must(t, <-zeroed)
+	}
+	wantBytes(t, h, 2, 4096, 16<<10)
+	wantBytes(t, h, 0, 4096, 4096)
+}
+
+// TestUnmappingAndWritersExclude: no block is unmapped under a writer in place, and no writer goes
+// in place while one is being unmapped.
+func TestUnmappingAndWritersExclude(t *testing.T) {
+	tp := newPool(t, poolSize{}, still)
+	tp.create(1)
+	h := tp.thin(1, 1<<20)
+	write(t, h, fill(1, 4096), 0)
+	write(t, h, fill(1, 4096), block)
+	l := h.d.table.at(0)
+	dir := l.zero.Load()
+	if !dir.enter() {
+		t.Fatal("a writer was refused while nothing is being unmapped")
+	}
+	must(t, h.WriteZeroes(0, 4096, false))
+	if n := h.MappedBlocks(); n != 2 {
+		t.Errorf("%d blocks mapped: one was unmapped under a writer", n)
+	}
+	dir.exit()
+	must(t, h.WriteZeroes(0, 4096, false))
+	if n := h.MappedBlocks(); n != 1 {
+		t.Errorf("%d blocks mapped, want 1", n)
+	}
+	dir.unmapping.Add(1)
+	if err := h.TryWriteAt(fill(2, 512), block); err == nil {
+		t.Error("a write went in place while a block is being unmapped")
+	}
+	if n, err := h.writeMapped(bytesOf(fill(2, 512)), block); n != 0 || err != nil {
+		t.Errorf("a write in place while a block is being unmapped: %d, %v", n, err)
+	}
+	write(t, h, fill(2, 512), block) // under the block's lock it goes
+	dir.unmapping.Add(-1)
+	wantBytes(t, h, 2, 512, block)
+}
+
+// TestWrongHintsDoNoHarm: parts that are called zero and are not.
+func TestWrongHintsDoNoHarm(t *testing.T) {
+	tp := newPool(t, poolSize{}, still)
+	tp.create(1)
+	h := tp.thin(1, 1<<20)
+	write(t, h, fill(1, 4096), 0)
+	write(t, h, fill(2, 4096), 8192)
+	h.d.table.at(0).parts(0).set(0, block)
+	must(t, h.WriteZeroes(0, 4096, false))
+	wantBytes(t, h, 2, 4096, 8192)
+	if n := h.MappedBlocks(); n != 1 {
+		t.Errorf("%d blocks mapped, want 1", n)
 	}
 }
 

@@ -140,7 +140,7 @@ func New(metadata, dataDev dev.Device, o Options) (_ *Pool, err error) {
 	p.commits.init()
 	p.release.init()
 	p.space.init()
-	p.cache.limit = int(max(64, o.TableCacheBytes/leafBytes))
+	p.cache.limit = int(max(1, o.TableCacheBytes/leafBytes))
 	p.zeroMaps.init(bs)
 	p.initCopies()
 	if !p.readOnly {
