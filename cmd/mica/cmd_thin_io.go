@@ -44,6 +44,10 @@ zeros. Without --length it goes on to the end of the last mapped block.`,
 					}
 					length = max(end-off, 0)
 				}
+				if length == 0 {
+					_, err := pool.Device(ctx, id) // nothing to read, but there must be such a device
+					return err
+				}
 				t, err := pool.Open(ctx, id, engine.OpenOptions{SizeBytes: sectors(off + length), ReadOnly: true})
 				if err != nil {
 					return err
