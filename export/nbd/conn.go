@@ -231,7 +231,7 @@ func (c *conn) read(r *request) error {
 	} else {
 		err = readFull(c.e, p, int64(r.off))
 	}
-	c.pace.served()
+	c.pace.served(n)
 	if err != nil {
 		return c.fail(r, err)
 	}
@@ -247,10 +247,10 @@ func (c *conn) read(r *request) error {
 // spread tells whether the request at hand, small as it is, should go to a worker: the device was
 // slow just now, and there are others to be served at the same time.
 func (c *conn) spread() bool {
-	if c.pace.slow == 0 {
+	if c.pace.spread == 0 {
 		return false
 	}
-	c.pace.slow--
+	c.pace.spread--
 	return c.in.buffered() >= requestSize || c.w.inFlight() > 0
 }
 
@@ -299,7 +299,7 @@ func (c *conn) write(r *request) error {
 			_, err = c.e.d.WriteAt(p, int64(r.off))
 		}
 		if !isWouldBlock(err) {
-			c.pace.served()
+			c.pace.served(n)
 			return c.ack(r, err)
 		}
 	}

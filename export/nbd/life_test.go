@@ -369,21 +369,21 @@ func TestSlowDeviceIsServedInParallel(t *testing.T) {
 	for _, cmd := range []uint16{cmdRead, cmdWrite} {
 		f := dev.NewFault(dev.NewMem(1 << 20))
 		_, c := serveDevice(t, f, ExportOptions{}, false, false)
-		const together = 8
+		const slow, together = scoreSpread / scoreSlow, 8
 		all := make(chan struct{})
 		var n atomic.Int64
 		f.Add(dev.Rule{Ops: dev.OpRead | dev.OpWrite, Pass: true, Before: func(dev.Op, int64, int64) {
 			switch k := n.Add(1); {
-			case k == 1:
-				time.Sleep(2 * slowRequest)
-			case k == 1+together:
+			case k <= slow:
+				time.Sleep(time.Millisecond)
+			case k == slow+together:
 				close(all)
-			case k < 1+together:
+			case k < slow+together:
 				<-all // served one after the other, this never comes
 			}
 		}})
 		var b []byte
-		for i := range uint64(1 + together) {
+		for i := range uint64(slow + together) {
 			var p []byte
 			if cmd == cmdWrite {
 				p = make([]byte, 4096)
@@ -393,7 +393,7 @@ func TestSlowDeviceIsServedInParallel(t *testing.T) {
 		if _, err := c.nc.Write(b); err != nil {
 			t.Fatal(err)
 		}
-		for range 1 + together {
+		for range slow + together {
 			if k, err := c.reply(func(uint64) int { return map[uint16]int{cmdRead: 4096}[cmd] }); err != nil || k.errno != 0 {
 				t.Fatalf("%s: %+v, %v after %d requests reached the device", commandName(cmd), k, err, n.Load())
 			}
