@@ -1,0 +1,114 @@
+package containerd
+
+import (
+	"fmt"
+	"os"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+)
+
+// TestLife is the whole life of an image and its containers. At the end the pool holds what it held
+// at the beginning.
+func TestLife(t *testing.T) {
+	each(t, func(t *testing.T, b *box) {
+		b.up()
+		before := b.settled()
+		b.load(b.testImage())
+		image := b.settled()
+		t.Logf("the image: %d blocks of 64 KiB", image.Pool.DataUsed-before.Pool.DataUsed)
+		if got := b.in(imageName, "first", "cat /etc/greeting; ls /big; echo new > /etc/new; cat /etc/new"); got != "hello again\nnew\n" {
+			t.Errorf("the container says %q", got)
+		}
+		if got := b.in(imageName, "second", "ls /etc/new || true"); got != "" {
+			t.Errorf("another container sees %q", got)
+		}
+		b.wantBack(image)
+
+		// A committed container: snapshots are made from it.
+		b.run(imageName, "base", "echo kept > /kept; dd if=/kept of=/kept2 conv=fsync; sleep 1000")
+		b.waitFor("the file", func() bool { return strings.Contains(b.exec("base", "ls /"), "kept2") })
+		b.ctr("tasks", "kill", "-s", "SIGKILL", "base")
+		b.waitFor("the end", func() bool { return b.stopped("base") })
+		b.ctr("tasks", "rm", "base")
+		b.ctr("snapshots", "--snapshotter", "mica", "commit", "kept", "base")
+		b.ctr("containers", "rm", "base")
+		b.ctr("snapshots", "--snapshotter", "mica", "prepare", "again", "kept")
+		if got := b.readSnapshot("again", "kept"); got != "kept\n" {
+			t.Errorf("the committed snapshot holds %q", got)
+		}
+		b.ctr("snapshots", "--snapshotter", "mica", "view", "look", "kept")
+		if got := b.readSnapshot("look", "etc/greeting"); got != "hello again\n" {
+			t.Errorf("a view shows %q", got)
+		}
+		b.ctr("snapshots", "--snapshotter", "mica", "rm", "again")
+		b.ctr("snapshots", "--snapshotter", "mica", "rm", "look")
+		b.ctr("snapshots", "--snapshotter", "mica", "rm", "kept")
+		b.wantBack(image)
+
+		b.crowd(20)
+		b.wantBack(image)
+		b.ctr("images", "rm", "--sync", imageName)
+		b.wantBack(before)
+		if out := b.ctr("snapshots", "--snapshotter", "mica", "ls"); strings.Count(out, "\n") != 1 {
+			t.Errorf("snapshots are left:\n%s", out)
+		}
+	})
+}
+
+// crowd runs containers at once, each writing, and removes them.
+func (b *box) crowd(n int) {
+	b.Helper()
+	var wg sync.WaitGroup
+	var names []string
+	errs := make(chan error, n)
+	start := time.Now()
+	for i := range n {
+		name := fmt.Sprintf("w%d", i)
+		names = append(names, name)
+		wg.Go(func() {
+			_, err := b.tryCtr(time.Minute, "run", "-d", "--snapshotter", "mica", imageName, name, "/bin/sh", "-c",
+				fmt.Sprintf("echo %d > /mine; dd if=/bin/busybox of=/copy conv=fsync 2>/dev/null; sleep 1000", i))
+			errs <- err
+		})
+	}
+	wg.Wait()
+	for range n {
+		if err := <-errs; err != nil {
+			b.Fatal(err)
+		}
+	}
+	b.Logf("%d containers at once: %v", n, time.Since(start).Round(time.Millisecond))
+	for i, name := range names {
+		b.waitFor("the copy", func() bool { return strings.Contains(b.exec(name, "ls /"), "copy") })
+		if got := b.exec(name, "cat /mine; cat /etc/greeting"); got != fmt.Sprintf("%d\nhello again\n", i) {
+			b.Errorf("%s holds %q", name, got)
+		}
+	}
+	b.kill(names...)
+}
+
+// readSnapshot mounts a snapshot as ctr says and reads a file.
+func (b *box) readSnapshot(key, name string) string {
+	b.Helper()
+	dir, err := os.MkdirTemp(b.dir, "m")
+	if err != nil {
+		b.Fatal(err)
+	}
+	argv := strings.Fields(b.ctr("snapshots", "--snapshotter", "mica", "mounts", dir, key))
+	if len(argv) < 5 || argv[0] != "mount" {
+		b.Fatalf("mounts of %s: %q", key, argv)
+	}
+	if _, err := run(time.Minute, argv...); err != nil {
+		b.Fatal(err)
+	}
+	text, err := os.ReadFile(dir + "/" + name)
+	if _, uerr := run(time.Minute, "umount", dir); uerr != nil {
+		b.Error(uerr)
+	}
+	if err != nil {
+		b.Error(err)
+	}
+	return string(text)
+}
