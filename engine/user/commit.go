@@ -85,6 +85,7 @@ func (p *Pool) runCommit() (closed uint64, err error) {
 	}
 	dropped := p.dropped
 	p.dropped = nil
+	p.droppedAny.Store(false)
 	p.applyMu.Unlock()
 
 	synced := make(chan error, 1)
@@ -171,7 +172,7 @@ func (p *Pool) commitLoop() {
 			}
 			c.dirty.Store(false)
 		}
-		if p.pending.Load() > 0 || p.meta.Changed() {
+		if p.uncommitted() {
 			_ = p.commitNow()
 		}
 	}

@@ -176,7 +176,10 @@ func (s *pendingSet) apply() error {
 // the next commit. The caller holds applyMu.
 func (p *Pool) applyLocked(d *device) error {
 	s := d.takePending()
-	p.dropped = append(p.dropped, s.dropped...)
+	if len(s.dropped) > 0 {
+		p.dropped = append(p.dropped, s.dropped...)
+		p.droppedAny.Store(true)
+	}
 	if len(s.leaves) == 0 {
 		return nil
 	}

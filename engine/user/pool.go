@@ -5,8 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"maps"
-	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -91,6 +89,7 @@ type Pool struct {
 	pending     atomic.Int64 // changes that are admitted and not in a tree yet
 	extentFree  atomic.Int64 // blocks in extents that nobody uses yet
 	cursor      atomic.Uint64
+	droppedAny  atomic.Bool // dropped is not empty
 	outOfSpace  atomic.Bool
 	noMeta      atomic.Bool
 	metaFlushes atomic.Uint64
@@ -172,15 +171,25 @@ func (p *Pool) writable() error {
 	return nil
 }
 
-// openDevices lists the open devices, by id.
+// openDevices lists the open devices, in no order.
 func (p *Pool) openDevices() []*device {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	list := make([]*device, 0, len(p.devices))
-	for _, id := range slices.Sorted(maps.Keys(p.devices)) {
-		list = append(list, p.devices[id])
+	for _, d := range p.devices {
+		list = append(list, d)
 	}
 	return list
+}
+
+// uncommitted reports whether a commit would have anything to do.
+func (p *Pool) uncommitted() bool {
+	if p.pending.Load() > 0 || p.droppedAny.Load() || p.meta.Changed() {
+		return true
+	}
+	p.dirtyMu.Lock()
+	defer p.dirtyMu.Unlock()
+	return len(p.dirtyDevs) > 0
 }
 
 // Commit makes everything acknowledged so far durable and waits until what was freed can be
@@ -263,7 +272,7 @@ func (p *Pool) Close() error {
 
 	var err error
 	if !p.readOnly {
-		if err = p.failed(); err == nil && (p.pending.Load() > 0 || p.meta.Changed()) {
+		if err = p.failed(); err == nil && p.uncommitted() {
 			err = p.commitNow()
 		}
 		p.release.wait()

@@ -53,8 +53,8 @@ func (d *device) unlockStripes(vb thin.VBlock, n uint64) {
 func (d *device) needsBlock(e uint64) bool { return e == absent || d.shared(e) }
 
 // writeBlocks writes the beginning of s to blocks that need a new data block, or to one that is
-// being looked at for zeros. It returns how much it wrote; 0 without an error means that the
-// first block has got its place meanwhile.
+// being looked at for zeros. It returns how much it wrote; 0 without an error means: look again, the
+// first block has got its place meanwhile, or its leaf was evicted.
 func (t *Thin) writeBlocks(s payload, off int64) (int64, error) {
 	d := t.d
 	vb := thin.VBlock(off / t.bs)
@@ -79,6 +79,11 @@ func (t *Thin) writeBlocks(s payload, off int64) (int64, error) {
 	n := max(1, want(most))
 	d.lockStripes(vb, n)
 	defer d.unlockStripes(vb, n)
+	if d.table.at(vb) != l {
+		return 0, nil // evicted meanwhile: its entries may be old
+	}
+	// From here on the entries of these blocks stay as they are, in this leaf and in any that
+	// takes its place.
 	k := want(n)
 	if k == 0 {
 		return t.writeLocked(l, s, off)
@@ -119,12 +124,7 @@ func (t *Thin) writeBlocks(s payload, off int64) (int64, error) {
 // writeLocked overwrites a part of one mapped block that is the device's own; the caller holds
 // its stripe, so it is not being unmapped.
 func (t *Thin) writeLocked(l *leaf, s payload, off int64) (int64, error) {
-	l2, err := t.d.leafOf(thin.VBlock(off / t.bs))
-	if err != nil || l2 != l {
-		return 0, err // evicted meanwhile: look again
-	}
-	n := min(s.n, t.bs-off%t.bs)
-	n, pos := t.ownRun(l, off, n)
+	n, pos := t.ownRun(l, off, min(s.n, t.bs-off%t.bs))
 	if n == 0 {
 		return 0, nil
 	}
@@ -134,7 +134,7 @@ func (t *Thin) writeLocked(l *leaf, s payload, off int64) (int64, error) {
 	if s.p == nil {
 		return n, t.p.data.writeZeros(pos, n)
 	}
-	_, err = t.p.data.WriteAt(s.p[:n], pos)
+	_, err := t.p.data.WriteAt(s.p[:n], pos)
 	return n, err
 }
 

@@ -53,6 +53,15 @@ func (p *Pool) createSnaps(pairs []engine.SnapPair, then func() error) error {
 func (p *Pool) snapshot(pairs []engine.SnapPair, then func() error) (gen uint64, err error) {
 	for {
 		frozen := p.openOrigins(pairs)
+		// Most of what is pending goes into the trees before writes are held back.
+		for _, d := range frozen {
+			p.applyMu.Lock()
+			err := p.applyLocked(d)
+			p.applyMu.Unlock()
+			if err != nil {
+				return 0, err
+			}
+		}
 		for _, d := range frozen {
 			d.w.shutGate()
 		}

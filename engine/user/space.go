@@ -146,7 +146,7 @@ func (p *Pool) waitFor(t *Thin, why error, seq uint64, noWait bool) error {
 
 // waitMeta commits once, which may free metadata blocks, and fails if that did not help.
 func (p *Pool) waitMeta(reserve bool) error {
-	if p.pending.Load() > 0 || p.meta.Changed() {
+	if p.uncommitted() {
 		if err := p.commitNow(); err != nil {
 			return err
 		}
@@ -165,7 +165,7 @@ func (p *Pool) waitMeta(reserve bool) error {
 
 // mayFree reports whether a commit could make data blocks free.
 func (p *Pool) mayFree() bool {
-	return p.pending.Load() > 0 || p.release.busy() || p.meta.Space().DataFreeing > 0
+	return p.uncommitted() || p.release.busy() || p.meta.Space().DataFreeing > 0
 }
 
 // waitData waits for data blocks, or with host set for space on the host. With noWait it does what

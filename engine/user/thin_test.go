@@ -1,7 +1,9 @@
 package user
 
 import (
+	"fmt"
 	"testing"
+	"time"
 
 	"mica/dev"
 	"mica/dev/devtest"
@@ -55,4 +57,62 @@ func TestReadOnlyHandles(t *testing.T) {
 	wantBytes(t, b, 0, 1<<20, 1<<20)
 	a.Close()
 	wantBytes(t, b, 0, 1<<20, 0)
+}
+
+// TestHolesBesidePendingLeaves: a walk over what is not in memory must not step over mappings
+// that are only in memory.
+func TestHolesBesidePendingLeaves(t *testing.T) {
+	tp := newPool(t, poolSize{}, still)
+	tp.create(1)
+	const size = 4 * leafBlocks * block
+	h := tp.thin(1, size)
+	at := int64(2*leafBlocks+7) * block
+	write(t, h, fill(1, block), at)
+	es, err := h.Extents(0, size)
+	must(t, err)
+	want := []dev.Extent{{Off: 0, Len: at, Hole: true, Zero: true}, {Off: at, Len: block}, {Off: at + block, Len: size - at - block, Hole: true, Zero: true}}
+	if fmt.Sprint(es) != fmt.Sprint(want) {
+		t.Errorf("extents %v, want %v", es, want)
+	}
+	must(t, h.Discard(0, size))
+	if n := h.MappedBlocks(); n != 0 {
+		t.Errorf("%d blocks mapped after a discard of all", n)
+	}
+	must(t, h.Flush())
+	if n := tp.p.cache.len(); n > 2 {
+		t.Errorf("a walk over an empty device left %d leaves in memory", n)
+	}
+}
+
+// TestTableCacheIsBounded reads a device that is much larger than the cache.
+func TestTableCacheIsBounded(t *testing.T) {
+	tp := newPool(t, poolSize{}, Options{CommitInterval: time.Hour, TableCacheBytes: 50 * leafBytes})
+	tp.create(1)
+	h := tp.thin(1, 1000*leafBlocks*block)
+	for i := range int64(1000) {
+		if i%2 == 0 {
+			write(t, h, fill(byte(i), 512), i*leafBlocks*block)
+		}
+		if i == 500 {
+			must(t, h.Flush())
+		}
+	}
+	if n := tp.p.cache.len(); n < 249 {
+		t.Errorf("%d leaves in memory, some with pending entries are missing", n)
+	}
+	must(t, h.Flush())
+	for i := range int64(1000) {
+		want := byte(0)
+		if i%2 == 0 {
+			want = byte(i)
+		}
+		wantBytes(t, h, want, 512, i*leafBlocks*block)
+	}
+	if n := tp.p.cache.len(); n > 60 {
+		t.Errorf("%d leaves in memory, the bound is 50", n)
+	}
+	h.Close()
+	if n := tp.p.cache.len(); n != 0 {
+		t.Errorf("%d leaves in memory after the last device was closed", n)
+	}
 }
