@@ -24,7 +24,10 @@ import (
 )
 
 // program is the real binary, built once.
-var program string
+var (
+	program    string
+	buildFlags []string
+)
 
 func TestMain(m *testing.M) {
 	if len(os.Args) > 1 && os.Args[1] == writerRole {
@@ -34,6 +37,7 @@ func TestMain(m *testing.M) {
 }
 
 func runTests(m *testing.M) int {
+	removeStale()
 	dir, err := os.MkdirTemp("", "mica-e2e-bin-")
 	if err != nil {
 		fmt.Fprintln(os.Stderr, err)
@@ -41,7 +45,7 @@ func runTests(m *testing.M) int {
 	}
 	defer os.RemoveAll(dir)
 	program = filepath.Join(dir, "mica")
-	build := exec.Command("go", "build", "-o", program, "mica/cmd/mica")
+	build := exec.Command("go", append(append([]string{"build"}, buildFlags...), "-o", program, "mica/cmd/mica")...)
 	if out, err := build.CombinedOutput(); err != nil {
 		fmt.Fprintf(os.Stderr, "build mica: %v\n%s", err, out)
 		return 1
@@ -87,7 +91,7 @@ type box struct {
 func newBox(t *testing.T, tools ...string) *box {
 	t.Helper()
 	needMachine(t, tools...)
-	dir, err := os.MkdirTemp("/dev/shm", "mica-e2e-")
+	dir, err := os.MkdirTemp("/dev/shm", fmt.Sprintf("mica-e2e-%d-", os.Getpid()))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -118,7 +122,8 @@ func (b *box) giveUp() {
 // command makes a command of the program.
 func (b *box) command(args ...string) *exec.Cmd {
 	c := exec.Command(program, args...)
-	c.Env = append(os.Environ(), "MICA_RUN="+b.run, marker+b.dir)
+	// A program with the race detector would sleep for a second at its end.
+	c.Env = append(os.Environ(), "MICA_RUN="+b.run, marker+b.dir, "GORACE=atexit_sleep_ms=0")
 	c.Dir = b.dir
 	return c
 }

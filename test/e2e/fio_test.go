@@ -83,12 +83,12 @@ func TestFioFileSystem(t *testing.T) {
 	var moments []moment
 	w := b.startWriter("append", filepath.Join(dir, "lines"))
 	for _, mode := range []string{"direct", "buffered"} {
-		args := []string{"--filename=" + filepath.Join(dir, mode), "--ioengine=libaio", "--loops=4", "--direct=0"}
+		args := []string{"--filename=" + filepath.Join(dir, mode), "--ioengine=libaio", "--loops=8", "--direct=0"}
 		if mode == "direct" {
 			args[3] = "--direct=1"
 		}
 		c := b.background(b.fio(12, 0, args...))
-		moments = append(moments, b.snapshotsWhile(c, "web", mode, w, 4)...)
+		moments = append(moments, b.snapshotsWhile(c, "web", mode, w, 6)...)
 		b.endFio(c)
 	}
 	lines := w.stop(t)
@@ -189,7 +189,7 @@ func TestFioNBD(t *testing.T) {
 	at := b.extent(filepath.Join(dir, "area"), 64<<20)
 	b.mica("umount", "vm")
 	uri := b.mica("attach", "vm", "--as", "nbd", "--trust-guest")
-	c := b.background(b.fio(16, int(at>>20), "--ioengine=nbd", "--uri="+uri, "--loops=3"))
+	c := b.background(b.fio(16, int(at>>20), "--ioengine=nbd", "--uri="+uri, "--loops=8"))
 	moments := b.snapshotsWhile(c, "vm", "nbd", nil, 5, "--crash-ok")
 	b.endFio(c)
 	b.mica("detach", "vm")

@@ -24,7 +24,7 @@ type instant struct{ from, to int64 }
 // synced is there in the end. A write that was acknowledged but not yet synced when the daemon
 // was killed may be lost if it went to a new block, and nothing else.
 func TestKilledUnderLoad(t *testing.T) {
-	b := newBox(t, "fio")
+	b := newBox(t, "fio", "nbdinfo")
 	b.start()
 	if !b.status().Exports.Resend {
 		t.Skip("SKIPPED: this kernel cannot resend FUSE requests: want Linux 6.9 or later")
@@ -54,17 +54,22 @@ func TestKilledUnderLoad(t *testing.T) {
 	for i := range int64(writers) {
 		all = append(all, b.startWriter("blocks", node, fmt.Sprint(seed+i), fmt.Sprint(i*span), fmt.Sprint(span)))
 	}
+	b.mica("create", "small", "vm")
+	uri := b.mica("attach", "vm", "--as", "nbd")
 	rng := rand.New(rand.NewSource(seed))
 	var kills []instant
 	for range 10 {
 		for _, w := range all {
-			w.wait(t, 1+rng.Intn(10))
+			w.wait(t, 1+rng.Intn(60))
 		}
 		k := instant{from: monotonic()}
 		b.stop(syscall.SIGKILL)
 		k.to = monotonic()
 		kills = append(kills, k)
 		b.start()
+		if got := strings.TrimSpace(b.sh("nbdinfo", "--size", uri)); got != "536870912" {
+			t.Errorf("the NBD export has %s bytes after a restart", got)
+		}
 	}
 	for _, w := range all {
 		w.wait(t, 5)
@@ -86,7 +91,7 @@ func TestKilledUnderLoad(t *testing.T) {
 	}
 	device.Close()
 	t.Logf("%d synced writes, %d of them under way at a kill", total, exempt)
-	b.mica("detach", "raw")
+	b.mica("detach", "raw", "vm")
 	b.mica("umount", "web")
 	node = b.mica("attach", "web")
 	b.sh("e2fsck", "-fn", node)

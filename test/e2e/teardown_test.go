@@ -54,8 +54,13 @@ func (b *box) takeDown() {
 	for _, m := range mountsBelow(b.dir) {
 		unix.Unmount(m, unix.MNT_DETACH)
 	}
+	log, _ := os.ReadFile(b.path("log"))
+	for _, bad := range []string{"panic: ", "DATA RACE", "fatal error: "} {
+		if bytes.Contains(log, []byte(bad)) {
+			b.Errorf("the daemon's log has a %q", bad)
+		}
+	}
 	if b.Failed() {
-		log, _ := os.ReadFile(b.path("log"))
 		b.Logf("daemon:\n%s", log[max(0, len(log)-64<<10):])
 	}
 	if err := os.RemoveAll(b.dir); err != nil {
@@ -95,6 +100,32 @@ func (b *box) awaitNoProcess() {
 	}
 	for deadline := time.Now().Add(5 * time.Second); len(b.processes()) > 0 && time.Now().Before(deadline); {
 		time.Sleep(20 * time.Millisecond)
+	}
+}
+
+// removeStale takes away the boxes of test programs that were killed.
+func removeStale() {
+	dirs, _ := filepath.Glob("/dev/shm/mica-e2e-*-*")
+	for _, dir := range dirs {
+		pid, err := strconv.Atoi(strings.Split(dir, "-")[2])
+		if err != nil || unix.Kill(pid, 0) == nil {
+			continue
+		}
+		fmt.Printf("removing %s, which a killed test has left\n", dir)
+		b := &box{dir: dir}
+		for _, p := range b.processes() {
+			unix.Kill(p, unix.SIGKILL)
+		}
+		for deadline := time.Now().Add(10 * time.Second); len(b.processes()) > 0 && time.Now().Before(deadline); {
+			time.Sleep(20 * time.Millisecond)
+		}
+		for _, m := range mountsBelow(dir) {
+			unix.Unmount(m, unix.MNT_DETACH)
+		}
+		for _, l := range loopsBelow(dir) {
+			exec.Command("losetup", "-d", l).Run()
+		}
+		os.RemoveAll(dir)
 	}
 }
 
