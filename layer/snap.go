@@ -223,6 +223,12 @@ func (n *SnapStore) Usage(ctx context.Context, name string) (int64, error) {
 // Nudge lets the background try again at once what it could not do before.
 func (n *SnapStore) Nudge() { signalLoop(n.s.wake) }
 
+// Hold keeps a committed snapshot from being removed until release.
+func (n *SnapStore) Hold(ctx context.Context, name string) (release func(), err error) {
+	_, release, err = n.holdParent(ctx, name)
+	return release, err
+}
+
 // source is what a snapshot is made from.
 type source struct {
 	ref   string // of the record that is kept as long as the snapshot
@@ -240,10 +246,10 @@ func (n *SnapStore) holdParent(ctx context.Context, parent string) (src source, 
 	}
 	ref := n.ref(parent)
 	s.lease(ref, 1)
-	release = func() { s.lease(ref, -1) }
+	drop := func() { s.lease(ref, -1) }
 	defer func() {
 		if err != nil {
-			release()
+			drop()
 		}
 	}()
 	unlock, err := s.locks.lock(ctx, ref) // a removal under way ends first
@@ -272,5 +278,5 @@ func (n *SnapStore) holdParent(ctx context.Context, parent string) (src source, 
 		}
 		src.dev = l.Device
 	}
-	return src, release, nil
+	return src, drop, nil
 }

@@ -22,6 +22,7 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials/insecure"
 
+	"mica/engine"
 	"mica/engine/user"
 	"mica/export/fuse"
 	"mica/export/holder"
@@ -35,6 +36,7 @@ func TestMain(m *testing.M) {
 		var err error
 		switch os.Args[1] {
 		case "role-helper":
+			noteHelper()
 			err = helper.Run(context.Background(), os.Stdin, os.Stdout, nil)
 		case "role-fuse-helper":
 			err = fuse.RunHelper(context.Background(), os.Stdin, os.Stdout)
@@ -91,6 +93,8 @@ type rig struct {
 	store *layer.Store
 	log   *slog.Logger
 	all   []*Snapshotter
+
+	wrapPool func(engine.Pool) engine.Pool // nil: as it is
 }
 
 func newRig(t testing.TB, dataBytes int64) *rig {
@@ -109,6 +113,9 @@ func newRig(t testing.TB, dataBytes int64) *rig {
 		os.RemoveAll(dir)
 	})
 	ok(t, os.Mkdir(r.loc.Dir, 0o700))
+	helpers := filepath.Join(dir, "helpers")
+	ok(t, os.WriteFile(helpers, nil, 0o600))
+	os.Setenv(helpersEnv, helpers)
 	ok(t, user.Format(context.Background(), r.loc, user.FormatOptions{DataBytes: dataBytes}))
 	run := filepath.Join(dir, "run")
 	r.o = layer.Options{Root: filepath.Join(dir, "root"), Run: run, BaseSize: 1 << 30, Discard: true, Logger: r.log,
@@ -129,6 +136,9 @@ func (r *rig) open() *rig {
 		HolderCommand: []string{"/proc/self/exe", "role-holder", sock}, HelperCommand: []string{"/proc/self/exe", "role-fuse-helper"}})
 	ok(r.t, err)
 	r.o.Pool, r.o.Exporter = r.pool, r.exp
+	if r.wrapPool != nil {
+		r.o.Pool = r.wrapPool(r.pool)
+	}
 	r.store, err = layer.Open(ctx, r.o)
 	ok(r.t, err)
 	waitFor(r.t, "the base", func() bool { return must[layer.Status](r.t)(r.store.Status(ctx)).BaseReady })

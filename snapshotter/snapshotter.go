@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"log/slog"
 	"maps"
+	"runtime/debug"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -94,7 +95,7 @@ func (s *Snapshotter) bounded(ctx context.Context, limit time.Duration, what str
 	go func() {
 		defer s.calls.Done()
 		defer cancel()
-		err := fn(ctx)
+		err := s.safely(what, func() error { return fn(ctx) })
 		done <- err
 		if !over.CompareAndSwap(false, true) {
 			s.stuck.Add(-1)
@@ -118,6 +119,17 @@ func (s *Snapshotter) bounded(ctx context.Context, limit time.Duration, what str
 	case <-t.C:
 	}
 	return as(fmt.Errorf("%s: not done within %v: %w", what, limit, ctx.Err()), ctx.Err())
+}
+
+// safely makes an error of a panic: others' I/O goes through this process.
+func (s *Snapshotter) safely(what string, fn func() error) (err error) {
+	defer func() {
+		if v := recover(); v != nil {
+			s.log.Error("panic", "call", what, "panic", v, "stack", string(debug.Stack()))
+			err = as(fmt.Errorf("%s: internal error: %v", what, v), errdefs.ErrInternal)
+		}
+	}()
+	return fn()
 }
 
 // Stat implements snapshots.Snapshotter.
