@@ -54,6 +54,9 @@ func (p *buffers) get(n int) (*buffer, error) {
 	}
 	p.mu.Unlock()
 	mem, err := unix.Mmap(-1, 0, room+classes[class], unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS)
+	if err == nil && classes[class] == maxIO {
+		populate(mem)
+	}
 	if err != nil {
 		p.mu.Lock()
 		p.out--
@@ -61,6 +64,18 @@ func (p *buffers) get(n int) (*buffer, error) {
 		return nil, fmt.Errorf("request buffer of %d bytes: %w", room+classes[class], err)
 	}
 	return &buffer{mem: mem, class: class}, nil
+}
+
+// populate brings all of a buffer that requests are read to into memory, and keeps it there. If a
+// page had to be faulted in while the kernel copies a request to it, and the process were killed
+// just then, the kernel would answer the request with EIO: a successor could not serve it.
+func populate(mem []byte) {
+	if unix.Mlock(mem) == nil {
+		return
+	}
+	for i := 0; i < len(mem); i += 4096 { // no permission to lock: without swap this is as good
+		mem[i] = 0
+	}
 }
 
 func (p *buffers) put(b *buffer) {

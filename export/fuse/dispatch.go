@@ -98,8 +98,8 @@ func (s *server) write(r *request, b *buffer) (*buffer, error) {
 	return s.delegate(r, b, writes, len(r.data))
 }
 
-// delegate gives a request to a goroutine of its own and returns the buffer to go on with.
-// Small writes are copied out of b; large ones take b with them.
+// delegate gives a request to a goroutine of its own and returns the buffer to go on with. The
+// longest writes take b with them, others are copied out of it: b is 1 MiB of locked memory.
 func (s *server) delegate(r *request, b *buffer, kind, bytes int) (*buffer, error) {
 	sl, refuse := s.slot(kind, bytes)
 	if refuse {
@@ -109,7 +109,7 @@ func (s *server) delegate(r *request, b *buffer, kind, bytes int) (*buffer, erro
 	}
 	next := b
 	var err error
-	if kind == writes && bytes > classes[0] {
+	if kind == writes && bytes > classes[1] {
 		if next, err = s.bufs.get(maxIO); err == nil {
 			sl.buf = b
 		}

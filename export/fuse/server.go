@@ -22,10 +22,6 @@ const (
 	maxBackground = 2 * queueDepth
 	// waiterBytes bounds the payload that waiting reads, and waiting writes, hold.
 	waiterBytes = 8 << 20
-	// prefault is how much of a server thread's buffer is in memory from the start. The kernel
-	// answers a request with EIO if the process is killed while a page of the buffer it is
-	// copied to is being faulted in.
-	prefault = 128 << 10
 )
 
 // A spaceRefuser writes without waiting for space: it returns dev.ErrNoSpace where WriteAt
@@ -225,9 +221,6 @@ func (s *server) loop() (idle bool, err error) {
 	buf, err := s.bufs.get(maxIO)
 	if err != nil {
 		return false, err
-	}
-	for i := 0; i < room+prefault; i += 4096 {
-		buf.mem[i] = 0
 	}
 	defer func() { s.bufs.put(buf) }()
 
