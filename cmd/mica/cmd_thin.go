@@ -1,11 +1,13 @@
 package main
 
 import (
+	"errors"
 	"fmt"
 	"strconv"
 
 	"github.com/spf13/cobra"
 
+	"mica/engine/user"
 	"mica/thin"
 )
 
@@ -104,6 +106,26 @@ func thinLines(list []thin.Listing, blockSize int64) []thinLine {
 	return lines
 }
 
+// onDevices is the work of a command whose arguments are a pool and device ids: it opens the
+// pool, for reading only if asked, calls fn, and closes the pool.
+func (p *poolFlags) onDevices(readOnly bool, fn func(cmd *cobra.Command, pool *user.Pool, ids []thin.DevID) error) func(*cobra.Command, []string) error {
+	return func(cmd *cobra.Command, args []string) error {
+		var ids []thin.DevID
+		for _, a := range p.rest(args) {
+			id, err := parseID(a)
+			if err != nil {
+				return err
+			}
+			ids = append(ids, id)
+		}
+		pool, err := p.openWith(cmd.Context(), args, user.Options{ReadOnly: readOnly})
+		if err != nil {
+			return err
+		}
+		return errors.Join(fn(cmd, pool, ids), pool.Close())
+	}
+}
+
 func newThinCreateCmd() *cobra.Command {
 	var p poolFlags
 	c := &cobra.Command{
@@ -111,17 +133,9 @@ func newThinCreateCmd() *cobra.Command {
 		Short:   "Make an empty thin device",
 		Example: "  mica thin create /var/lib/mica/pool 7",
 		Args:    p.args(1, 1),
-		RunE: func(cmd *cobra.Command, args []string) error {
-			id, err := parseID(p.rest(args)[0])
-			if err != nil {
-				return err
-			}
-			pool, err := p.open(cmd.Context(), args)
-			if err != nil {
-				return err
-			}
-			return closing(pool, pool.CreateThin(cmd.Context(), id))
-		},
+		RunE: p.onDevices(false, func(cmd *cobra.Command, pool *user.Pool, ids []thin.DevID) error {
+			return pool.CreateThin(cmd.Context(), ids[0])
+		}),
 	}
 	p.add(c)
 	return c
@@ -134,22 +148,9 @@ func newThinSnapCmd() *cobra.Command {
 		Short:   "Make a snapshot: device ID becomes a copy of device ORIGIN",
 		Example: "  mica thin snap /var/lib/mica/pool 8 7",
 		Args:    p.args(2, 2),
-		RunE: func(cmd *cobra.Command, args []string) error {
-			rest := p.rest(args)
-			id, err := parseID(rest[0])
-			if err != nil {
-				return err
-			}
-			origin, err := parseID(rest[1])
-			if err != nil {
-				return err
-			}
-			pool, err := p.open(cmd.Context(), args)
-			if err != nil {
-				return err
-			}
-			return closing(pool, pool.CreateSnap(cmd.Context(), id, origin))
-		},
+		RunE: p.onDevices(false, func(cmd *cobra.Command, pool *user.Pool, ids []thin.DevID) error {
+			return pool.CreateSnap(cmd.Context(), ids[0], ids[1])
+		}),
 	}
 	p.add(c)
 	return c
@@ -162,17 +163,9 @@ func newThinRmCmd() *cobra.Command {
 		Short:   "Delete a thin device and free the blocks that only it maps",
 		Example: "  mica thin rm /var/lib/mica/pool 8",
 		Args:    p.args(1, 1),
-		RunE: func(cmd *cobra.Command, args []string) error {
-			id, err := parseID(p.rest(args)[0])
-			if err != nil {
-				return err
-			}
-			pool, err := p.open(cmd.Context(), args)
-			if err != nil {
-				return err
-			}
-			return closing(pool, pool.Delete(cmd.Context(), id))
-		},
+		RunE: p.onDevices(false, func(cmd *cobra.Command, pool *user.Pool, ids []thin.DevID) error {
+			return pool.Delete(cmd.Context(), ids[0])
+		}),
 	}
 	p.add(c)
 	return c

@@ -12,8 +12,10 @@ import (
 
 	"mica/dev"
 	"mica/engine"
+	"mica/engine/user"
 	"mica/export/fuse"
 	"mica/export/nbd"
+	"mica/thin"
 )
 
 func newThinExportCmd() *cobra.Command {
@@ -34,23 +36,10 @@ The device is flushed when the command ends.`,
   mica thin export /srv/pool 7 --size 10G --fuse /tmp/seven`,
 		Args: p.args(1, 1),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			id, err := parseID(p.rest(args)[0])
-			if err != nil {
-				return err
-			}
 			if (socket == "") == (file == "") {
 				return usagef("give one of --nbd SOCKET and --fuse FILE")
 			}
-			ctx := cmd.Context()
-			open := p.open
-			if readOnly {
-				open = p.openReadOnly
-			}
-			pool, err := open(ctx, args)
-			if err != nil {
-				return err
-			}
-			return closing(pool, func() error {
+			return p.onDevices(readOnly, func(cmd *cobra.Command, pool *user.Pool, ids []thin.DevID) error {
 				o := engine.OpenOptions{SizeBytes: length, ReadOnly: readOnly}
 				if origin != "" {
 					d, err := dev.Open(origin, dev.OpenOptions{ReadOnly: true})
@@ -60,20 +49,13 @@ The device is flushed when the command ends.`,
 					defer d.Close()
 					o.ExternalOrigin = d
 				}
-				t, err := pool.Open(ctx, id, o)
-				if err != nil {
-					return err
-				}
-				if socket != "" {
-					err = exportNBD(cmd, t, socket, readOnly)
-				} else {
-					err = exportFile(cmd, t, file, readOnly)
-				}
-				if !readOnly {
-					err = errors.Join(err, t.Flush())
-				}
-				return errors.Join(err, t.Close())
-			}())
+				return onThin(cmd.Context(), pool, ids[0], o, func(t engine.Thin) error {
+					if socket != "" {
+						return exportNBD(cmd, t, socket, readOnly)
+					}
+					return exportFile(cmd, t, file, readOnly)
+				})
+			})(cmd, args)
 		},
 	}
 	p.add(c)

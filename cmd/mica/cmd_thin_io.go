@@ -10,6 +10,7 @@ import (
 
 	"mica/dev"
 	"mica/engine"
+	"mica/engine/user"
 	"mica/thin"
 )
 
@@ -26,36 +27,24 @@ func newThinReadCmd() *cobra.Command {
 zeros. Without --length it goes on to the end of the last mapped block.`,
 		Example: "  mica thin read /var/lib/mica/pool 7 --length 1M | hexdump -C | head",
 		Args:    p.args(1, 1),
-		RunE: func(cmd *cobra.Command, args []string) error {
-			id, err := parseID(p.rest(args)[0])
-			if err != nil {
-				return err
-			}
-			ctx := cmd.Context()
-			pool, err := p.openReadOnly(ctx, args)
-			if err != nil {
-				return err
-			}
-			return closing(pool, func() error {
-				if !cmd.Flags().Changed("length") {
-					end, err := mappedEnd(ctx, pool, id)
-					if err != nil {
-						return err
-					}
-					length = max(end-off, 0)
-				}
-				if length == 0 {
-					_, err := pool.Device(ctx, id) // nothing to read, but there must be such a device
-					return err
-				}
-				t, err := pool.Open(ctx, id, engine.OpenOptions{SizeBytes: sectors(off + length), ReadOnly: true})
+		RunE: p.onDevices(true, func(cmd *cobra.Command, pool *user.Pool, ids []thin.DevID) error {
+			ctx, id := cmd.Context(), ids[0]
+			if !cmd.Flags().Changed("length") {
+				end, err := mappedEnd(ctx, pool, id)
 				if err != nil {
 					return err
 				}
-				_, err = io.CopyBuffer(cmd.OutOrStdout(), io.NewSectionReader(t, off, length), make([]byte, ioChunk))
-				return errors.Join(err, t.Close())
-			}())
-		},
+				length = max(end-off, 0)
+			}
+			if length == 0 {
+				_, err := pool.Device(ctx, id) // nothing to read, but it must exist
+				return err
+			}
+			return onThin(ctx, pool, id, engine.OpenOptions{SizeBytes: sectors(off + length), ReadOnly: true}, func(t engine.Thin) error {
+				_, err := io.CopyBuffer(cmd.OutOrStdout(), io.NewSectionReader(t, off, length), make([]byte, ioChunk))
+				return err
+			})
+		}),
 	}
 	p.add(c)
 	sizeVar(c, &off, "offset", 0, "where to begin, in bytes")
@@ -73,6 +62,19 @@ func mappedEnd(ctx context.Context, pool engine.Pool, id thin.DevID) (int64, err
 	return (int64(last) + 1) * st.BlockSize, err
 }
 
+// onThin opens a device, calls fn, and closes it; one that may be written is flushed before.
+func onThin(ctx context.Context, pool engine.Pool, id thin.DevID, o engine.OpenOptions, fn func(engine.Thin) error) error {
+	t, err := pool.Open(ctx, id, o)
+	if err != nil {
+		return err
+	}
+	err = fn(t)
+	if !o.ReadOnly {
+		err = errors.Join(err, t.Flush())
+	}
+	return errors.Join(err, t.Close())
+}
+
 func sectors(n int64) int64 { return (n + 511) / 512 * 512 }
 
 func newThinWriteCmd() *cobra.Command {
@@ -85,28 +87,12 @@ func newThinWriteCmd() *cobra.Command {
 command ends well only after everything has been flushed.`,
 		Example: "  mica thin write /var/lib/mica/pool 7 --offset 1M < boot.img",
 		Args:    p.args(1, 1),
-		RunE: func(cmd *cobra.Command, args []string) error {
-			id, err := parseID(p.rest(args)[0])
-			if err != nil {
-				return err
-			}
+		RunE: p.onDevices(false, func(cmd *cobra.Command, pool *user.Pool, ids []thin.DevID) error {
 			ctx := cmd.Context()
-			pool, err := p.open(ctx, args)
-			if err != nil {
-				return err
-			}
-			return closing(pool, func() error {
-				t, err := pool.Open(ctx, id, engine.OpenOptions{SizeBytes: sectors(off + ioChunk)})
-				if err != nil {
-					return err
-				}
-				err = copyIn(ctx, t, off, cmd.InOrStdin())
-				if err == nil {
-					err = t.Flush()
-				}
-				return errors.Join(err, t.Close())
-			}())
-		},
+			return onThin(ctx, pool, ids[0], engine.OpenOptions{SizeBytes: sectors(off + ioChunk)}, func(t engine.Thin) error {
+				return copyIn(ctx, t, off, cmd.InOrStdin())
+			})
+		}),
 	}
 	p.add(c)
 	sizeVar(c, &off, "offset", 0, "where to begin, in bytes")
@@ -150,31 +136,14 @@ func newThinDiscardCmd() *cobra.Command {
 that no other device maps are freed. Parts of blocks at the ends keep their contents.`,
 		Example: "  mica thin discard /var/lib/mica/pool 7 --offset 1G --length 512M",
 		Args:    p.args(1, 1),
-		RunE: func(cmd *cobra.Command, args []string) error {
-			id, err := parseID(p.rest(args)[0])
-			if err != nil {
-				return err
+		RunE: p.onDevices(false, func(cmd *cobra.Command, pool *user.Pool, ids []thin.DevID) error {
+			if length < 0 || off > 1<<62-length {
+				return fmt.Errorf("discard %d bytes at %d: %w", length, off, dev.ErrOutOfRange)
 			}
-			ctx := cmd.Context()
-			pool, err := p.open(ctx, args)
-			if err != nil {
-				return err
-			}
-			return closing(pool, func() error {
-				if length < 0 || off > 1<<62-length {
-					return fmt.Errorf("discard %d bytes at %d: %w", length, off, dev.ErrOutOfRange)
-				}
-				t, err := pool.Open(ctx, id, engine.OpenOptions{SizeBytes: sectors(off + length)})
-				if err != nil {
-					return err
-				}
-				err = t.Discard(off, length)
-				if err == nil {
-					err = t.Flush()
-				}
-				return errors.Join(err, t.Close())
-			}())
-		},
+			return onThin(cmd.Context(), pool, ids[0], engine.OpenOptions{SizeBytes: sectors(off + length)}, func(t engine.Thin) error {
+				return t.Discard(off, length)
+			})
+		}),
 	}
 	p.add(c)
 	sizeVar(c, &off, "offset", 0, "where the range begins, in bytes")

@@ -69,10 +69,6 @@ func (p *poolFlags) open(ctx context.Context, args []string) (*user.Pool, error)
 	return p.openWith(ctx, args, user.Options{})
 }
 
-func (p *poolFlags) openReadOnly(ctx context.Context, args []string) (*user.Pool, error) {
-	return p.openWith(ctx, args, user.Options{ReadOnly: true})
-}
-
 func (p *poolFlags) openWith(ctx context.Context, args []string, o user.Options) (*user.Pool, error) {
 	o.ErrorIfNoSpace = true // nobody would free space while this process waits
 	o.LockWait = lockWait
