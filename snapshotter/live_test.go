@@ -1,6 +1,7 @@
 package snapshotter
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -292,8 +293,12 @@ func TestLostWrites(t *testing.T) {
 		err = os.WriteFile(filepath.Join(dir, fmt.Sprint("f", i)), []byte(strings.Repeat(fmt.Sprint(i), 64<<10)), 0o644)
 	}
 	ok(t, unix.Unmount(dir, 0))
+	empty := r.fillPool()
 	_, perr := s.Prepare(ctx, "other", "p")
 	wantClass(t, perr, errdefs.IsResourceExhausted, `"other"`, "data blocks")
+	must[[]mount.Mount](t)(s.View(ctx, "look", "p")) // needs no room
+	ok(t, s.Remove(ctx, "look"))
+	empty()
 	wantClass(t, s.Commit(ctx, "c", "k"), errdefs.IsResourceExhausted, `"k"`, "not complete")
 	// Not after a restart either.
 	r.close()
@@ -305,6 +310,27 @@ func TestLostWrites(t *testing.T) {
 		t.Errorf("pool holds %d blocks, %d before", n, before)
 	}
 	r.layer(s, "works", "p", map[string]string{"b": "b"})
+}
+
+// fillPool takes all free blocks of the pool with a device of its own, until empty is called.
+func (r *rig) fillPool() (empty func()) {
+	r.t.Helper()
+	ctx := tctx(r.t)
+	ok(r.t, r.pool.CreateThin(ctx, 7))
+	d, err := r.pool.Open(ctx, 7, engine.OpenOptions{SizeBytes: 1 << 30})
+	ok(r.t, err)
+	block := bytes.Repeat([]byte("x"), 64<<10)
+	for off := int64(0); ; off += int64(len(block)) {
+		if _, err := d.WriteAt(block, off); errors.Is(err, layer.ErrNoSpace) {
+			break
+		} else if err != nil {
+			r.t.Fatal(err)
+		}
+	}
+	return func() {
+		ok(r.t, d.Close())
+		ok(r.t, r.pool.Delete(ctx, 7))
+	}
 }
 
 // TestCrashed: a file system that was not unmounted in order (the host died) is replayed at commit.
