@@ -101,7 +101,7 @@ func (s *server) detachAll(ctx context.Context, timeout time.Duration) error {
 	var holders []string
 	deadline := time.Now().Add(usersLeave)
 	for _, a := range list {
-		if a.Node == "" {
+		if a.Node == "" || strings.Contains(a.Container, "/") { // containerd's are looked at below
 			continue
 		}
 		for _, who := range s.lastingUsers(ctx, a.Node, deadline) {
@@ -114,6 +114,9 @@ func (s *server) detachAll(ctx context.Context, timeout time.Duration) error {
 	}
 	detached := 0
 	for _, a := range list {
+		if strings.Contains(a.Container, "/") {
+			continue
+		}
 		err := s.store.Detach(ctx, a.Container, layer.DetachOptions{})
 		switch {
 		case err == nil || errors.Is(err, layer.ErrNotFound):

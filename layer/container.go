@@ -150,7 +150,11 @@ func (s *Store) Containers(ctx context.Context, f Filter) ([]Container, error) {
 	for _, c := range recs {
 		out = append(out, s.describeContainer(c))
 	}
-	return out, err
+	if err != nil {
+		return out, err
+	}
+	snaps, err := s.snapContainers(ctx, f)
+	return mergeContainers(out, snaps, f.Limit), err
 }
 
 // Container is described at API.

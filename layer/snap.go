@@ -72,7 +72,10 @@ func (s *Store) Snaps(name string, o SnapOptions) (*SnapStore, error) {
 }
 
 // Owner is what the snapshots' devices belong to: "containerd/<snapshotter>".
-func (n *SnapStore) Owner() string { return "containerd/" + n.name }
+func (n *SnapStore) Owner() string { return ownerSnaps + n.name }
+
+// ownerSnaps begins the owners of snapshots.
+const ownerSnaps = "containerd/"
 
 // A snapshot's record: its key is SNAPSHOTTER/NAME, its parent the record that its device was made
 // from (a view and a name of an image layer have no device; they keep their parent all the same).

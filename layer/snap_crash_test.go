@@ -340,3 +340,58 @@ func TestSnapOldBoot(t *testing.T) {
 	}
 	ok(t, n.Commit(ctx, "c", "k", "p", nil))
 }
+
+// TestSnapListing: active snapshots are listed with containers for those who ask for all owners, in
+// pages too; the devices of all are in the figures of usage.
+func TestSnapListing(t *testing.T) {
+	r := newFakeRig(t)
+	s := r.mustOpen()
+	ctx := context.Background()
+	importFake(t, s)
+	for _, n := range []string{"a", "z"} {
+		ok(t, second(s.Create(ctx, CreateOptions{Name: n, Image: "img"})))
+	}
+	n := must[*SnapStore](t)(s.Snaps("mica", SnapOptions{}))
+	must[SnapMount](t)(n.Prepare(ctx, SnapSpec{Name: "ns/1/p", Labels: map[string]string{"x": "1"}}))
+	ok(t, n.Commit(ctx, "ns/2/p", "ns/1/p", "", nil))
+	must[SnapMount](t)(n.Prepare(ctx, SnapSpec{Name: "ns/3/web", Parent: "ns/2/p", Labels: map[string]string{"x": "1"}}))
+	must[SnapMount](t)(n.View(ctx, SnapSpec{Name: "ns/4/view", Parent: "ns/2/p"}))
+	names := func(f Filter) (out []string) {
+		for _, c := range must[[]Container](t)(s.Containers(ctx, f)) {
+			out = append(out, c.Name)
+		}
+		return out
+	}
+	for _, c := range []struct {
+		f    Filter
+		want string
+	}{
+		{Filter{}, "[a z]"},
+		{Filter{Owner: "*"}, "[a containerd/mica/ns/3/web z]"},
+		{Filter{Owner: "containerd/mica"}, "[containerd/mica/ns/3/web]"},
+		{Filter{Owner: "containerd/other"}, "[]"},
+		{Filter{Owner: "*", Labels: map[string]string{"x": ""}}, "[containerd/mica/ns/3/web]"},
+		{Filter{Owner: "*", Prefix: "c"}, "[containerd/mica/ns/3/web]"},
+		{Filter{Owner: "*", Limit: 2}, "[a containerd/mica/ns/3/web]"},
+		{Filter{Owner: "*", Cursor: "containerd/mica/ns/3/web"}, "[z]"},
+		{Filter{Owner: "*", Image: "img"}, "[a z]"},
+	} {
+		if got := fmt.Sprint(names(c.f)); got != c.want {
+			t.Errorf("%+v: %s, want %s", c.f, got, c.want)
+		}
+	}
+	all := must[[]Container](t)(s.Containers(ctx, Filter{Owner: "containerd/mica"}))
+	if a := all[0].Attachment; a == nil || a.Node == "" {
+		t.Errorf("no node: %+v", all[0])
+	}
+	if st := must[Status](t)(s.Status(ctx)); st.Snaps != 3 {
+		t.Errorf("%d snapshots, want 3", st.Snaps)
+	}
+	kinds := map[string]int{}
+	for _, e := range must[DF](t)(s.DF(ctx)).Entries {
+		kinds[e.Kind]++
+	}
+	if kinds["snap"] != 2 {
+		t.Errorf("usage by kinds %v, want 2 snaps", kinds)
+	}
+}

@@ -406,6 +406,7 @@ type Status struct {
 	Layers        int          `json:"layers"`
 	Containers    int          `json:"containers"`
 	Snapshots     int          `json:"snapshots"`
+	Snaps         int          `json:"containerd_snapshots"` // of all snapshotters and kinds
 	Attached      int          `json:"attached"`
 	Broken        []string     `json:"broken,omitempty"`  // "container web: device 65541 is missing"
 	Foreign       []thin.DevID `json:"foreign,omitempty"` // devices that the catalog does not know

@@ -201,7 +201,7 @@ func (s *Store) Status(ctx context.Context) (Status, error) {
 		st.FSType, st.BaseSize = b.body.FSType, b.body.SizeBytes
 	}
 	err = s.cat.View(func(tx *catalog.Tx) error {
-		for kind, n := range map[string]*int{kindImage: &st.Images, kindLayer: &st.Layers, kindContainer: &st.Containers, kindSnapshot: &st.Snapshots} {
+		for kind, n := range map[string]*int{kindImage: &st.Images, kindLayer: &st.Layers, kindContainer: &st.Containers, kindSnapshot: &st.Snapshots, kindSnap: &st.Snaps} {
 			if err := tx.Each(kind, "", "", func(catalog.Record) (bool, error) { *n++; return true, nil }); err != nil {
 				return err
 			}

@@ -111,6 +111,7 @@ func printStatus(w io.Writer, st api.Status) {
 	line("Layers", "%d", s.Layers)
 	line("Containers", "%d", s.Containers)
 	line("Snapshots", "%d", s.Snapshots)
+	line("Containerd Snapshots", "%d", s.Snaps)
 	line("Attached", "%d", s.Attached)
 	if len(s.Foreign) > 0 {
 		line("Foreign Devices", "%s", strings.Trim(fmt.Sprint(s.Foreign), "[]"))
