@@ -15,6 +15,7 @@ import (
 	"time"
 
 	units "github.com/docker/go-units"
+	"golang.org/x/sys/unix"
 )
 
 // A walk is one run of the demo. The first error ends it: later commands do nothing.
@@ -28,6 +29,9 @@ type walk struct {
 	promises  int
 	broken    []string
 }
+
+// mountPoints are where the demo mounts containers, below its directory.
+var mountPoints = []string{"one", "two", "three", "fork"}
 
 // numbers are the pool's own.
 type numbers struct {
@@ -101,7 +105,7 @@ func (w *walk) end() error {
 		return nil
 	}
 	w.ctx = context.Background()
-	for _, d := range []string{"overlay/merged", "one", "two", "three", "fork"} {
+	for _, d := range append([]string{"overlay/merged"}, mountPoints...) {
 		if d = filepath.Join(w.dir, d); exists(d) {
 			syscall.Unmount(d, 0)
 		}
@@ -187,7 +191,7 @@ func (w *walk) numbers() numbers {
 	if w.err != nil {
 		return numbers{}
 	}
-	syscall.Sync()
+	w.sync()
 	for deadline := time.Now().Add(settleTime); ; time.Sleep(50 * time.Millisecond) {
 		out, err := w.output("status", "--json")
 		var s struct {
@@ -209,6 +213,21 @@ func (w *walk) numbers() numbers {
 		if s.Pool.Freeing == 0 || time.Now().After(deadline) {
 			return numbers{s.Pool.Used, s.Pool.Host}
 		}
+	}
+}
+
+// sync writes out what the mounted containers hold back. Not sync(2): other file systems of this
+// machine are none of our business.
+func (w *walk) sync() {
+	for _, d := range mountPoints {
+		f, err := os.Open(filepath.Join(w.dir, d))
+		if err != nil {
+			continue
+		}
+		if err := unix.Syncfs(int(f.Fd())); err != nil && w.err == nil {
+			w.err = fmt.Errorf("sync %s: %w", f.Name(), err)
+		}
+		f.Close()
 	}
 }
 
