@@ -88,7 +88,8 @@ func (w *walk) serve() error {
 		return err
 	}
 	for deadline := time.Now().Add(30 * time.Second); ; time.Sleep(50 * time.Millisecond) {
-		if _, err := w.output("status", "--json"); err == nil {
+		ready, err := w.baseReady()
+		if ready {
 			break
 		} else if time.Now().After(deadline) || w.ctx.Err() != nil {
 			text, _ := os.ReadFile(log.Name())
@@ -97,6 +98,24 @@ func (w *walk) serve() error {
 	}
 	w.numbers()
 	return w.err
+}
+
+// baseReady asks the daemon whether it has made the empty file system that every image starts from.
+func (w *walk) baseReady() (bool, error) {
+	var s struct {
+		Store struct {
+			Ready bool   `json:"base_ready"`
+			Error string `json:"base_error"`
+		} `json:"store"`
+	}
+	out, err := w.output("status", "--json")
+	if err == nil {
+		err = json.Unmarshal(out, &s)
+	}
+	if err == nil && s.Store.Error != "" {
+		err = errors.New(s.Store.Error)
+	}
+	return err == nil && s.Store.Ready, err
 }
 
 // end takes down what is still there, then lets two checkers look at the closed pool.
