@@ -93,7 +93,7 @@ func (w *walk) serve() error {
 			break
 		} else if time.Now().After(deadline) || w.ctx.Err() != nil {
 			text, _ := os.ReadFile(log.Name())
-			return fmt.Errorf("the daemon does not answer: %w\n%s", err, text)
+			return fmt.Errorf("the daemon is not ready: %v\n%s", err, text)
 		}
 	}
 	w.numbers()
