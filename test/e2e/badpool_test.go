@@ -284,3 +284,19 @@ func TestOpenElsewhere(t *testing.T) {
 	end()
 	b.mica("thin", "create", p, "7")
 }
+
+// TestOneDaemonAPool: two daemons with directories of their own and one pool between them: the
+// second refuses, names the first, and changes nothing.
+func TestOneDaemonAPool(t *testing.T) {
+	b := newBox(t)
+	b.start()
+	b.smallImage()
+	before := b.figures()
+	config := b.writeFile("second.toml", fmt.Appendf(nil, "[pool]\ndata = %q\nmetadata = %q\n",
+		filepath.Join(b.pool, "data"), filepath.Join(b.pool, "metadata")))
+	b.fails([]string{"serve", "--root", b.path("root2"), "--run", b.path("run2"), "--config", config},
+		filepath.Join(b.pool, "metadata"), fmt.Sprintf("locked by process %d", b.serve.Process.Pid))
+	if after := b.figures(); after != before {
+		t.Errorf("a second daemon changed the store: %+v, was %+v", after, before)
+	}
+}

@@ -58,7 +58,7 @@ func TestKilledUnderLoad(t *testing.T) {
 	uri := b.mica("attach", "vm", "--as", "nbd")
 	rng := rand.New(rand.NewSource(seed))
 	var kills []instant
-	for range 10 {
+	for round := range 10 {
 		for _, w := range all {
 			w.wait(t, 1+rng.Intn(60))
 		}
@@ -66,6 +66,9 @@ func TestKilledUnderLoad(t *testing.T) {
 		b.stop(syscall.SIGKILL)
 		k.to = monotonic()
 		kills = append(kills, k)
+		if round%3 == 2 { // and again, before or while it takes up its predecessor's work
+			kills = append(kills, b.killAtStart(time.Duration(rng.Intn(150))*time.Millisecond))
+		}
 		b.start()
 		if got := strings.TrimSpace(b.sh("nbdinfo", "--size", uri)); got != "536870912" {
 			t.Errorf("the NBD export has %s bytes after a restart", got)
@@ -96,6 +99,18 @@ func TestKilledUnderLoad(t *testing.T) {
 	node = b.mica("attach", "web")
 	b.sh("e2fsck", "-fn", node)
 	b.mica("detach", "web")
+}
+
+// killAtStart starts the daemon and kills it a moment later.
+func (b *box) killAtStart(after time.Duration) instant {
+	b.Helper()
+	c := b.background(b.command(b.serveArgs()...))
+	time.Sleep(after)
+	k := instant{from: monotonic()}
+	c.Process.Kill()
+	c.Wait()
+	k.to = monotonic()
+	return k
 }
 
 // checkBlocks compares the device with what a blocks writer wrote: each sector holds the last
