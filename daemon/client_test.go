@@ -35,7 +35,7 @@ func (b *bench) serveUnix() *client.Client {
 // listenUnix returns what ends the server and its connections.
 func (b *bench) listenUnix(run string) (stop func()) {
 	b.Helper()
-	l, err := listen(run, "")
+	l, err := listenAt(filepath.Join(run, api.SocketName), "")
 	if err != nil {
 		b.Fatal(err)
 	}

@@ -26,17 +26,17 @@ const (
 // differ.
 type containerdEnd struct {
 	log      *slog.Logger
+	socks    *sockets
 	contents *snapshotter.Contents
 	sns      []*snapshotter.Snapshotter
 	servers  []*snapshotter.Server
-	sockets  []string
 	wg       sync.WaitGroup
 	once     sync.Once
 }
 
 // startContainerd listens for containerd.
-func startContainerd(run string, c config.Containerd, store *layer.Store, log *slog.Logger) (_ *containerdEnd, err error) {
-	e := &containerdEnd{log: log}
+func startContainerd(run string, c config.Containerd, store *layer.Store, socks *sockets, log *slog.Logger) (_ *containerdEnd, err error) {
+	e := &containerdEnd{log: log, socks: socks}
 	if !c.Enabled {
 		return e, nil
 	}
@@ -75,12 +75,11 @@ func startContainerd(run string, c config.Containerd, store *layer.Store, log *s
 }
 
 func (e *containerdEnd) serve(path string, srv *snapshotter.Server) error {
-	l, err := listenAt(path, "")
+	l, err := e.socks.listen(path, "")
 	if err != nil {
 		return err
 	}
 	e.servers = append(e.servers, srv)
-	e.sockets = append(e.sockets, path)
 	e.wg.Go(func() {
 		if err := srv.Serve(l); err != nil && !errors.Is(err, net.ErrClosed) {
 			e.log.Error("socket for containerd", "socket", path, "err", err)

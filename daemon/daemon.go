@@ -29,6 +29,8 @@ type Options struct {
 	// "helper loop".
 	Exe []string
 	Log *slog.Logger
+	// HostEnds tells that the host is shutting down; nil: process 1 tells.
+	HostEnds func() bool
 	// Ready, if not nil, is called when the API answers, with what there is to say about it.
 	Ready func(socket string, notes []string)
 }
@@ -60,6 +62,7 @@ type daemon struct {
 	ops      *operations
 	server   *server
 
+	sockets    *sockets
 	containerd *containerdEnd
 
 	ctx    context.Context // of the background; cancelled by close
@@ -74,13 +77,19 @@ type daemon struct {
 func Run(ctx context.Context, o Options) (err error) {
 	d := &daemon{o: o, c: o.Config, log: o.Log, started: time.Now(), quit: make(chan struct{})}
 	d.ctx, d.cancel = context.WithCancel(context.Background())
+	if d.sockets, err = activatedSockets(os.Getenv); err != nil {
+		return err
+	}
 	defer func() { err = errors.Join(err, d.close()) }()
 	if err := d.open(ctx); err != nil {
 		return err
 	}
-	l, err := listen(d.c.Run, d.c.API.Group)
+	l, err := d.sockets.listen(d.path(api.SocketName), d.c.API.Group)
 	if err != nil {
 		return err
+	}
+	for _, path := range d.sockets.close() {
+		d.log.Warn("the service manager listens on a socket that is none of ours", "socket", path, "run", d.c.Run)
 	}
 	return d.serve(ctx, l)
 }
@@ -140,7 +149,7 @@ func (d *daemon) open(ctx context.Context) error {
 		snaps: d.store,
 	}, d.hub, d.ops, d.log)
 	d.background()
-	d.containerd, err = startContainerd(d.c.Run, d.c.Containerd, d.store, d.log)
+	d.containerd, err = startContainerd(d.c.Run, d.c.Containerd, d.store, d.sockets, d.log)
 	return err
 }
 
@@ -182,6 +191,11 @@ func (d *daemon) background() {
 	poke := make(chan struct{}, 1)
 	d.wg.Go(func() { d.carryPoolEvents(poke) })
 	d.wg.Go(d.carryStoreEvents)
+	ends := d.o.HostEnds
+	if ends == nil {
+		ends = hostEnds
+	}
+	d.wg.Go(func() { d.watchHostEnd(ends) })
 	x := &extender{pool: d.pool, c: d.c.AutoExtend, log: d.log,
 		host: func() (int64, int64, bool) { return hostSpace(d.loc.DataPath()) },
 		tell: func(kind, object, detail string) { d.hub.publish(kind, object, detail, time.Time{}) }}
@@ -284,6 +298,12 @@ func (d *daemon) close() error {
 	}
 	if d.containerd != nil {
 		d.containerd.close()
+	}
+	d.sockets.close()
+	select {
+	case <-d.quit:
+	default:
+		d.logHolders()
 	}
 	if d.store != nil {
 		add("store", d.store.Close()) // and what it serves with the two below

@@ -7,25 +7,17 @@ import (
 	"net"
 	"os"
 	"os/user"
-	"path/filepath"
 	"strconv"
 	"syscall"
 
 	"golang.org/x/sys/unix"
-
-	"mica/daemon/api"
 )
 
 // longestSocket is what fits into a sockaddr_un with a final zero byte.
 const longestSocket = 107
 
-// listen makes the API's socket: 0600, or 0660 for a group. RUN is locked, so a socket that is
-// there belongs to nobody.
-func listen(run, group string) (net.Listener, error) {
-	return listenAt(filepath.Join(run, api.SocketName), group)
-}
-
-// listenAt makes a socket in RUN. What is there of another user, or no socket, is left alone.
+// listenAt makes a socket in RUN: 0600, or 0660 for a group. RUN is locked, so a socket that is
+// there belongs to nobody. What is there of another user, or no socket, is left alone.
 func listenAt(path, group string) (net.Listener, error) {
 	if len(path) > longestSocket {
 		return nil, fmt.Errorf("socket %s: path of %d bytes, at most %d: choose a shorter --run", path, len(path), longestSocket)

@@ -182,7 +182,7 @@ func (p *process) end(sig syscall.Signal) {
 	}
 }
 
-func (b *box) startMica() {
+func (b *box) writeConfig() {
 	b.Helper()
 	b.write("mica.toml", fmt.Sprintf(`root = %q
 run = %q
@@ -196,6 +196,11 @@ link_dir = %q
 [containerd]
 address = %q
 `, b.path("root"), b.path("run"), b.poolSize, b.waitSpace, b.path("links"), b.path("c.sock")))
+}
+
+func (b *box) startMica() {
+	b.Helper()
+	b.writeConfig()
 	b.daemon = b.start("mica", b.mica, "serve", "--config", b.path("mica.toml"))
 	b.waitFor("the daemon", func() bool {
 		_, err := b.tryMica("status", "--json")
