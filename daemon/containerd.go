@@ -27,6 +27,7 @@ const (
 type containerdEnd struct {
 	log      *slog.Logger
 	socks    *sockets
+	calls    callStats
 	contents *snapshotter.Contents
 	sns      []*snapshotter.Snapshotter
 	servers  []*snapshotter.Server
@@ -60,7 +61,7 @@ func startContainerd(run string, c config.Containerd, store *layer.Store, socks 
 		if name != config.DefaultSnapshotter {
 			socket = "snapshotter-" + name + ".sock"
 		}
-		if err := e.serve(filepath.Join(run, socket), snapshotter.NewServer(sn, nil, os.Geteuid(), log)); err != nil {
+		if err := e.serve(filepath.Join(run, socket), e.server(name, snapshotter.ServerOptions{Snapshotter: sn})); err != nil {
 			return nil, fmt.Errorf("snapshotter %s: %w", name, err)
 		}
 	}
@@ -68,10 +69,17 @@ func startContainerd(run string, c config.Containerd, store *layer.Store, socks 
 		return nil, err
 	}
 	differ := snapshotter.NewDiffer(store, e.contents.Of, log)
-	if err := e.serve(filepath.Join(run, diffSocket), snapshotter.NewServer(nil, differ, os.Geteuid(), log)); err != nil {
+	if err := e.serve(filepath.Join(run, diffSocket), e.server("diff", snapshotter.ServerOptions{Diff: differ})); err != nil {
 		return nil, fmt.Errorf("diff service: %w", err)
 	}
 	return e, nil
+}
+
+// server makes one whose calls are counted under a name.
+func (e *containerdEnd) server(name string, o snapshotter.ServerOptions) *snapshotter.Server {
+	o.UID, o.Logger = os.Geteuid(), e.log
+	o.Observe = func(method, code string, took time.Duration) { e.calls.observe(name, method, code, took) }
+	return snapshotter.NewServer(o)
 }
 
 func (e *containerdEnd) serve(path string, srv *snapshotter.Server) error {

@@ -147,6 +147,7 @@ func (d *daemon) open(ctx context.Context) error {
 		describe: d.describe, describePool: d.describePool,
 		quit:  func() { d.once.Do(func() { close(d.quit) }) },
 		snaps: d.store,
+		calls: func() []callStat { return d.containerd.calls.list() },
 	}, d.hub, d.ops, d.log)
 	d.background()
 	d.containerd, err = startContainerd(d.c.Run, d.c.Containerd, d.store, d.sockets, d.log)

@@ -74,6 +74,11 @@ func routes() []route {
 			handle:  (*server).status,
 		},
 		{
+			method: "GET", path: "/v1/metrics", summary: "Figures for Prometheus",
+			replies: map[int]any{200: streamed{metricsMedia, "the text format of Prometheus"}},
+			handle:  (*server).metrics,
+		},
+		{
 			method: "POST", path: "/v1/shutdown", summary: "Detach everything and end the daemon, or refuse and name the holders",
 			doc:     "If one device is busy nothing is detached and details.holders lists who uses what.",
 			body:    api.Shutdown{},

@@ -41,6 +41,8 @@ type parts struct {
 	quit func()
 	// snaps are containerd's. Nil: there are none.
 	snaps snapNodes
+	// calls are those of containerd.
+	calls func() []callStat
 }
 
 // A server answers the API's requests. See routes for what there is.

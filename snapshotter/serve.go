@@ -6,6 +6,7 @@ import (
 	"log/slog"
 	"net"
 	"runtime/debug"
+	"strings"
 	"time"
 
 	diffapi "github.com/containerd/containerd/api/services/diff/v1"
@@ -24,9 +25,20 @@ import (
 
 // A Server answers containerd on Unix sockets.
 type Server struct {
-	g   *grpc.Server
-	log *slog.Logger
-	uid int
+	g *grpc.Server
+	o ServerOptions
+}
+
+// ServerOptions of NewServer.
+type ServerOptions struct {
+	// Snapshotter and Diff are what is served; nil: not that.
+	Snapshotter snapshots.Snapshotter
+	Diff        DiffService
+	// UID is a user beside root who may call.
+	UID int
+	// Observe, if not nil, is told of every call: "Prepare", the gRPC code ("OK"), how long it took.
+	Observe func(method, code string, took time.Duration)
+	Logger  *slog.Logger
 }
 
 // A DiffService is both halves of containerd's diff service.
@@ -35,20 +47,22 @@ type DiffService interface {
 	diff.Comparer
 }
 
-// NewServer makes a server for one service, or for both; nil leaves one out. Clients must be root, or
-// run as this process does.
-func NewServer(sn snapshots.Snapshotter, d DiffService, uid int, log *slog.Logger) *Server {
-	s := &Server{log: log, uid: uid}
+// NewServer makes a server for one service, or for both.
+func NewServer(o ServerOptions) *Server {
+	if o.Logger == nil {
+		o.Logger = slog.Default()
+	}
+	s := &Server{o: o}
 	s.g = grpc.NewServer(
 		grpc.Creds(peerCreds{}),
 		grpc.UnaryInterceptor(s.unary), grpc.StreamInterceptor(s.stream),
 		grpc.MaxRecvMsgSize(defaults.DefaultMaxRecvMsgSize), grpc.MaxSendMsgSize(defaults.DefaultMaxSendMsgSize),
 	)
-	if sn != nil {
-		snapshotsapi.RegisterSnapshotsServer(s.g, snapshotservice.FromSnapshotter(sn))
+	if o.Snapshotter != nil {
+		snapshotsapi.RegisterSnapshotsServer(s.g, snapshotservice.FromSnapshotter(o.Snapshotter))
 	}
-	if d != nil {
-		diffapi.RegisterDiffServer(s.g, diffservice.FromApplierAndComparer(d, d))
+	if o.Diff != nil {
+		diffapi.RegisterDiffServer(s.g, diffservice.FromApplierAndComparer(o.Diff, o.Diff))
 	}
 	return s
 }
@@ -77,7 +91,7 @@ func (s *Server) Stop(wait time.Duration) {
 func (s *Server) allow(ctx context.Context, method string) error {
 	p, ok := peer.FromContext(ctx)
 	if ok {
-		if a, ok := p.AuthInfo.(peerInfo); ok && (a.uid == 0 || a.uid == s.uid) {
+		if a, ok := p.AuthInfo.(peerInfo); ok && (a.uid == 0 || a.uid == s.o.UID) {
 			return nil
 		} else if ok {
 			return status.Errorf(codes.PermissionDenied, "%s: process %d runs as user %d, which may not use this socket", method, a.pid, a.uid)
@@ -108,14 +122,17 @@ func (s *Server) stream(srv any, ss grpc.ServerStream, i *grpc.StreamServerInfo,
 // through this process.
 func (s *Server) end(method string, start time.Time, v any, err error) error {
 	if v != nil {
-		s.log.Error("panic in a call", "method", method, "panic", v, "stack", string(debug.Stack()))
+		s.o.Logger.Error("panic in a call", "method", method, "panic", v, "stack", string(debug.Stack()))
 		err = status.Error(codes.Internal, fmt.Sprintf("%s: internal error: %v", method, v))
 	}
 	if err != nil {
 		if _, ok := status.FromError(err); !ok {
 			err = errgrpc.ToGRPC(err)
 		}
-		s.log.Debug("call", "method", method, "took", time.Since(start).Round(time.Microsecond), "err", err)
+		s.o.Logger.Debug("call", "method", method, "took", time.Since(start).Round(time.Microsecond), "err", err)
+	}
+	if s.o.Observe != nil {
+		s.o.Observe(method[strings.LastIndexByte(method, '/')+1:], status.Code(err).String(), time.Since(start))
 	}
 	return err
 }

@@ -227,7 +227,7 @@ func serveOn(t testing.TB, sn snapshots.Snapshotter, sock string) (client snapsh
 	t.Helper()
 	l, err := net.Listen("unix", sock)
 	ok(t, err)
-	srv := NewServer(sn, nil, os.Getuid(), testLogger())
+	srv := NewServer(ServerOptions{Snapshotter: sn, UID: os.Getuid(), Logger: testLogger()})
 	served := make(chan error, 1)
 	go func() { served <- srv.Serve(l) }()
 	conn, err := grpc.NewClient("unix://"+sock, grpc.WithTransportCredentials(insecure.NewCredentials()))

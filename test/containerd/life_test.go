@@ -1,7 +1,11 @@
 package containerd
 
 import (
+	"context"
 	"fmt"
+	"io"
+	"net"
+	"net/http"
 	"os"
 	"strings"
 	"sync"
@@ -109,6 +113,58 @@ func (b *box) readSnapshot(key, name string) string {
 	}
 	if err != nil {
 		b.Error(err)
+	}
+	return string(text)
+}
+
+// TestMetrics: the daemon's figures count what containerd did.
+func TestMetrics(t *testing.T) {
+	r := releases(t)[0]
+	b := newBox(t, r).up()
+	b.load(b.testImage())
+	page := b.metrics()
+	for _, want := range []string{
+		`mica_containerd_call_seconds_count{server="mica",method="Prepare",code="OK"} 3`,
+		`mica_containerd_call_seconds_count{server="mica",method="Commit",code="OK"} 3`,
+		"mica_containerd_snapshots 3", `mica_pool_mode{mode="rw"} 1`,
+	} {
+		if !strings.Contains(page, want+"\n") {
+			t.Errorf("the page does not have %s:\n%s", want, page)
+		}
+	}
+	if out := b.mustMica("ls", "--all"); strings.Contains(out, "containerd/mica") {
+		t.Errorf("committed snapshots are listed:\n%s", out)
+	}
+	b.run(imageName, "c", "sleep 1000")
+	if out := b.mustMica("ls", "--all"); !strings.Contains(out, "containerd/mica/"+b.ns+"/") {
+		t.Errorf("the container is not listed:\n%s", out)
+	}
+	// Nothing is taken down under a container that runs.
+	if _, err := b.tryMica("shutdown"); err == nil || !strings.Contains(err.Error(), "rootfs") {
+		t.Errorf("shutdown with a running container: %v", err)
+	}
+	if got := b.exec("c", "cat /etc/greeting"); got != "hello again\n" {
+		t.Errorf("the container says %q", got)
+	}
+	b.kill("c")
+	b.ctr("images", "rm", "--sync", imageName)
+}
+
+// metrics asks the daemon for its figures.
+func (b *box) metrics() string {
+	b.Helper()
+	client := http.Client{Transport: &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+		return (&net.Dialer{}).DialContext(ctx, "unix", b.path("run/mica.sock"))
+	}}}
+	defer client.CloseIdleConnections()
+	resp, err := client.Get("http://mica/v1/metrics")
+	if err != nil {
+		b.Fatal(err)
+	}
+	defer resp.Body.Close()
+	text, err := io.ReadAll(resp.Body)
+	if err != nil || resp.StatusCode != 200 {
+		b.Fatalf("metrics: %v, status %d", err, resp.StatusCode)
 	}
 	return string(text)
 }
