@@ -23,6 +23,18 @@ func (d *noting) WriteAt(p []byte, off int64) (int, error) {
 	return n, d.note(err)
 }
 
+// WriteAtNoWait is that of the device, where it has one: exports ask for it by name.
+func (d *noting) WriteAtNoWait(p []byte, off int64) (int, error) {
+	write := d.Thin.WriteAt
+	if w, ok := d.Thin.(interface {
+		WriteAtNoWait(p []byte, off int64) (int, error)
+	}); ok {
+		write = w.WriteAtNoWait
+	}
+	n, err := write(p, off)
+	return n, d.note(err)
+}
+
 func (d *noting) TryWriteAt(p []byte, off int64) error {
 	return d.note(d.Thin.TryWriteAt(p, off))
 }
