@@ -111,6 +111,7 @@ func (p *Pool) runCommit() (closed uint64, err error) {
 		return 0, p.fail(err)
 	}
 	p.commits.writes.Add(1)
+	p.metaFreed()
 	p.release.add(c.Freed(), dropped)
 	return closed, nil
 }

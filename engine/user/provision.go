@@ -1,6 +1,7 @@
 package user
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 
@@ -237,6 +238,9 @@ func (t *Thin) prepare(l *leaf, v thin.VBlock, old uint64, b thin.DataBlock, kno
 			}
 			if !fresh {
 				parts.scan(w, at)
+				if known && bytes.Equal(w, zeroBuf[:n]) {
+					continue // a hole stays a hole
+				}
 			}
 		}
 		if _, err := t.p.data.WriteAt(w, pos); err != nil {

@@ -277,10 +277,14 @@ func (p *Pool) admit(n int, reserve bool) error {
 		}
 		return errWantMeta
 	}
-	if !reserve && p.noMeta.Load() && p.noMeta.Swap(false) {
+	return nil
+}
+
+// metaFreed is called after a commit: it may have freed metadata blocks.
+func (p *Pool) metaFreed() {
+	if p.noMeta.Load() && p.meta.CanAdmit(int(p.pending.Load())+1, false) && p.noMeta.Swap(false) {
 		p.events.send(engine.Event{Kind: engine.EventMode, Detail: "rw"})
 	}
-	return nil
 }
 
 func (p *Pool) unadmit(n int) { p.pending.Add(int64(-n)) }

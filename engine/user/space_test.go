@@ -270,10 +270,10 @@ func TestMetadataRunsOut(t *testing.T) {
 	}
 	must(t, h.Discard(0, h.Size()/2/block*block))
 	must(t, h.Flush())
-	write(t, h, fill(3, 512), 0)
 	if s := tp.status(); s.Mode != "rw" {
 		t.Errorf("mode %q after half was discarded", s.Mode)
 	}
+	write(t, h, fill(3, 512), 0)
 	// Growth helps too.
 	for err = nil; n < 29000 && err == nil; n++ {
 		_, err = h.WriteAt(fill(1, 512), (n%29000)*2*block+block)

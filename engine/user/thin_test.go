@@ -2,6 +2,7 @@ package user
 
 import (
 	"fmt"
+	"sync"
 	"testing"
 	"time"
 
@@ -114,5 +115,62 @@ func TestTableCacheIsBounded(t *testing.T) {
 	h.Close()
 	if n := tp.p.cache.len(); n != 0 {
 		t.Errorf("%d leaves in memory after the last device was closed", n)
+	}
+}
+
+// TestLargestBlocks: blocks of 1 GiB are prepared in pieces, and their holes stay holes.
+func TestLargestBlocks(t *testing.T) {
+	const bs = 1 << 30
+	tp := newPool(t, poolSize{bs: bs, dataBlocks: 4}, still)
+	tp.create(1)
+	h := tp.thin(1, 3*bs)
+	write(t, h, fill(1, 8192), bs-4096) // the end of one block and the beginning of the next
+	tp.snap(2, 1)
+	got, _ := tp.counting(func() { write(t, h, fill(2, 4096), bs+(5<<20)) })
+	if got.Reads != 1024 || got.Writes != 2 {
+		t.Errorf("breaking sharing cost %+v, want 1024 reads and a write for each of two pieces", got)
+	}
+	host, err := tp.dataMem.HostBytes()
+	must(t, err)
+	if host > 4<<20 {
+		t.Errorf("the data device holds %d bytes", host)
+	}
+	wantBytes(t, h, 1, 8192, bs-4096)
+	wantBytes(t, h, 2, 4096, bs+(5<<20))
+	wantBytes(t, h, 0, 1<<20, bs+(4<<20))
+	wantBytes(t, tp.thin(2, 3*bs), 0, 4096, bs+(5<<20))
+	must(t, h.WriteZeroes(0, bs, false))
+	if n := h.MappedBlocks(); n != 1 {
+		t.Errorf("%d blocks mapped, want 1", n)
+	}
+}
+
+// TestPiecesAreBounded: many blocks that are prepared at once share a bounded number of buffers.
+func TestPiecesAreBounded(t *testing.T) {
+	tp := newPool(t, poolSize{bs: 2 << 20, dataBlocks: 128}, still)
+	tp.create(1)
+	h := tp.thin(1, 128<<20)
+	write(t, h, fill(1, 128<<20), 0)
+	tp.snap(2, 1)
+	if n := cap(tp.p.copies) * 1 << 20; n != copyBytes {
+		t.Errorf("%d bytes of buffers, want %d", n, copyBytes)
+	}
+	var wg sync.WaitGroup
+	for i := range int64(60) {
+		wg.Add(1)
+		go func() {
+			defer wg.Done()
+			if _, err := h.WriteAt(fill(2, 4096), i<<21); err != nil {
+				t.Error(err)
+			}
+		}()
+	}
+	wg.Wait()
+	for i := range int64(60) {
+		wantBytes(t, h, 2, 4096, i<<21)
+		wantBytes(t, h, 1, 2<<20-4096, i<<21+4096)
+	}
+	if n := len(tp.p.copies); n != cap(tp.p.copies) {
+		t.Errorf("%d of %d buffers came back", n, cap(tp.p.copies))
 	}
 }
