@@ -29,7 +29,7 @@ var Layers = []Layer{
 	{"internal/dmioctl", nil},
 	{"internal/...", []string{"internal/...", "daemon/...", "layer/...", "image/...", "export/...", "engine/...", "thin/...", "pdata/...", "dev/..."}},
 	{"test/...", []string{"internal/...", "daemon/...", "layer/...", "image/...", "export/...", "engine/...", "thin/...", "pdata/...", "dev/..."}},
-	{"packaging/...", nil}, // units and rules, with the tests that read them
+	{"packaging/...", nil},               // units and rules, with the tests that read them
 	{"demo/...", []string{"daemon/api"}}, // it uses the binary, as everybody does
 }
 
