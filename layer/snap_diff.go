@@ -80,6 +80,23 @@ func (s *Store) Owns(path string) bool {
 	return err == nil
 }
 
+// SnapNames are the names of the snapshots that a mount source shows: one active one, or the views that
+// share it.
+func (s *Store) SnapNames(path string) []string {
+	m, err := s.source(path)
+	if err != nil {
+		return nil
+	}
+	var names []string
+	list(s, kindSnap, "", "", func(r record[snapBody]) (bool, error) {
+		if r.body.ID == m.id {
+			names = append(names, nameOf(r.Key))
+		}
+		return true, nil
+	})
+	return names
+}
+
 // DiffMounts writes the layer tar that leads from the tree on the mount source lower (empty: an
 // empty tree) to the one on upper. What may change meanwhile is compared as a copy of the moment
 // of the call, quiesced like any other. upper must have been made from lower: ErrNotDerived.

@@ -29,13 +29,16 @@ import (
 // is mounted writable.
 type Differ struct {
 	store   *layer.Store
-	content func(ctx context.Context) (context.Context, content.Store, error)
+	content ContentOf
 	log     *slog.Logger
 }
 
-// NewDiffer makes a differ. contents gives the content store that a call's blobs are in, and the
-// context to use it with (see ContentOf).
-func NewDiffer(store *layer.Store, contents func(context.Context) (context.Context, content.Store, error), log *slog.Logger) *Differ {
+// A ContentOf gives the content store that a call's blobs are in, and the context to use it with.
+// snaps are the snapshots that the call is about. See Contents.Of.
+type ContentOf func(ctx context.Context, snaps []string, write bool) (context.Context, content.Store, error)
+
+// NewDiffer makes a differ.
+func NewDiffer(store *layer.Store, contents ContentOf, log *slog.Logger) *Differ {
 	return &Differ{store: store, content: contents, log: log}
 }
 
@@ -86,7 +89,7 @@ func (d *Differ) compare(ctx context.Context, lower, upper []mount.Mount, opts [
 	if !known || c.Compressor != nil {
 		return desc, as(fmt.Errorf("diff of media type %q", c.MediaType), errdefs.ErrNotImplemented)
 	}
-	ctx, store, err := d.content(ctx)
+	ctx, store, err := d.content(ctx, d.store.SnapNames(up), true)
 	if err != nil {
 		return desc, err
 	}
@@ -189,7 +192,7 @@ func (d *Differ) apply(ctx context.Context, desc ocispec.Descriptor, mounts []mo
 	if _, known := compressions[desc.MediaType]; source == "" || !known || len(c.ProcessorPayloads) > 0 {
 		return out, as(fmt.Errorf("apply media type %q", desc.MediaType), errdefs.ErrNotImplemented)
 	}
-	ctx, store, err := d.content(ctx)
+	ctx, store, err := d.content(ctx, d.store.SnapNames(source), false)
 	if err != nil {
 		return out, err
 	}

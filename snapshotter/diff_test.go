@@ -20,6 +20,7 @@ import (
 	"github.com/containerd/containerd/v2/core/mount"
 	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/containerd/v2/pkg/labels"
+	"github.com/containerd/containerd/v2/pkg/namespaces"
 	"github.com/containerd/containerd/v2/plugins/content/local"
 	"github.com/containerd/errdefs"
 	digest "github.com/opencontainers/go-digest"
@@ -31,7 +32,9 @@ func (r *rig) differ() (*Differ, content.Store) {
 	r.t.Helper()
 	cs, err := local.NewLabeledStore(filepath.Join(r.dir, "content"), &labelStore{m: map[digest.Digest]map[string]string{}})
 	ok(r.t, err)
-	of := func(ctx context.Context) (context.Context, content.Store, error) { return ctx, cs, nil }
+	of := func(ctx context.Context, _ []string, _ bool) (context.Context, content.Store, error) {
+		return ctx, cs, nil
+	}
 	return NewDiffer(r.store, of, r.log), cs
 }
 
@@ -261,6 +264,11 @@ func TestContents(t *testing.T) {
 	c, err := DialContents(filepath.Join(t.TempDir(), "none.sock"))
 	ok(t, err)
 	defer c.Close()
-	_, _, err = c.Of(context.Background())
+	_, _, err = c.Of(context.Background(), []string{"key", "a/b", "a/b/c", "/1/c"}, true)
 	wantClass(t, err, errdefs.IsInvalidArgument, "namespace")
+	ctx, _, err := c.Of(context.Background(), []string{"key", "space/12/some/key"}, false)
+	ok(t, err)
+	if ns, _ := namespaces.Namespace(ctx); ns != "space" {
+		t.Errorf("namespace %q", ns)
+	}
 }

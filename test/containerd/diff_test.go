@@ -17,6 +17,7 @@ import (
 	diffproxy "github.com/containerd/containerd/v2/core/diff/proxy"
 	"github.com/containerd/containerd/v2/core/leases"
 	"github.com/containerd/containerd/v2/core/mount"
+	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/containerd/v2/core/snapshots/proxy"
 	"github.com/containerd/containerd/v2/pkg/namespaces"
 	"github.com/containerd/containerd/v2/pkg/rootfs"
@@ -68,6 +69,7 @@ func TestCommitRunning(t *testing.T) {
 			b.logs()
 			t.Fatal(err)
 		}
+		b.withoutNamespace(ctx, sn)
 		b.waitFor("more lines", func() bool { return b.count("writer") > lines+10 })
 		b.kill("writer")
 
@@ -98,6 +100,50 @@ func TestCommitRunning(t *testing.T) {
 		b.ctr("images", "rm", "--sync", "docker.io/library/committed:latest")
 		b.wantBack(before)
 	})
+}
+
+// withoutNamespace calls the differ as releases of containerd do that pass on neither namespace nor
+// lease.
+func (b *box) withoutNamespace(ctx context.Context, sn snapshots.Snapshotter) {
+	b.Helper()
+	lower, err := sn.View(ctx, "lower", b.parentOf(ctx, sn, "writer"))
+	if err != nil {
+		b.Fatal(err)
+	}
+	upper, err := sn.Mounts(ctx, "writer")
+	if err != nil {
+		b.Fatal(err)
+	}
+	d := diffproxy.NewDiffApplier(diffapi.NewDiffClient(b.dial("run/diff.sock"))).(diff.Comparer)
+	bare, cancel := context.WithTimeout(context.Background(), time.Minute)
+	defer cancel()
+	desc, err := d.Compare(bare, lower, upper)
+	if err != nil {
+		b.Fatal(err)
+	}
+	b.ctr("content", "get", desc.Digest.String())
+	found := false
+	for line := range strings.Lines(b.ctr("leases", "ls")) {
+		if id := strings.Fields(line)[0]; strings.HasPrefix(id, "mica-diff-") {
+			found = true
+			b.ctr("leases", "delete", id)
+		}
+	}
+	if !found {
+		b.Error("no lease keeps the layer")
+	}
+	if err := sn.Remove(ctx, "lower"); err != nil {
+		b.Fatal(err)
+	}
+}
+
+func (b *box) parentOf(ctx context.Context, sn snapshots.Snapshotter, key string) string {
+	b.Helper()
+	i, err := sn.Stat(ctx, key)
+	if err != nil {
+		b.Fatal(err)
+	}
+	return i.Parent
 }
 
 func tarNames(t *testing.T, text []byte) (names []string) {
