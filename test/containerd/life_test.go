@@ -177,3 +177,27 @@ func (b *box) metrics() string {
 	}
 	return string(text)
 }
+
+// TestUserNamespace: a container in a user namespace gets its files mapped by the mount; nothing is
+// copied for it.
+func TestUserNamespace(t *testing.T) {
+	each(t, func(t *testing.T, b *box) {
+		if b.major < 2 {
+			t.Skip("SKIPPED: containerd 1.6 maps no mounts")
+		}
+		b.up()
+		b.load(b.testImage())
+		before := b.settled()
+		b.ctr("run", "-d", "--snapshotter", "mica", "--remap-labels", "--uidmap", "0:100000:65536", "--gidmap", "0:200000:65536",
+			imageName, "mapped", "/bin/sh", "-c", "stat -c %u:%g /etc/greeting > /owner; sleep 1000")
+		b.waitFor("the container", func() bool { return strings.Contains(b.exec("mapped", "ls /"), "owner") })
+		if got := b.exec("mapped", "cat /owner"); got != "0:0\n" {
+			t.Errorf("inside, the owner is %q", got)
+		}
+		if st := b.status(); st.Pool.DataUsed-before.Pool.DataUsed > 32 {
+			t.Errorf("a mapped container of an image of 3 MiB took %d blocks", st.Pool.DataUsed-before.Pool.DataUsed)
+		}
+		b.kill("mapped")
+		b.ctr("images", "rm", "--sync", imageName)
+	})
+}

@@ -127,6 +127,9 @@ func newBox(t *testing.T, r release) *box {
 	if err != nil {
 		t.Fatal(err)
 	}
+	if err := os.Chmod(dir, 0o711); err != nil { // roots of user namespaces have to pass
+		t.Fatal(err)
+	}
 	b := &box{T: t, release: r, dir: dir, ns: "n" + filepath.Base(dir)[len("mica-ctr-"):], mica: program, poolSize: "4G", waitSpace: "60s"}
 	t.Cleanup(b.clear)
 	return b
@@ -212,8 +215,11 @@ func (b *box) startMica() {
 func (b *box) startContainerd() {
 	b.Helper()
 	version, diff := 2, ""
-	if b.major >= 2 { // proxies for diff came later than 1.6
+	if b.major >= 2 { // proxies for diff, and capabilities, came later than 1.6
 		diff = fmt.Sprintf(`
+    capabilities = ["remap-ids"]
+    [proxy_plugins.mica.exports]
+      root = %q
   [proxy_plugins.mica-diff]
     type = "diff"
     address = %q
@@ -224,7 +230,7 @@ func (b *box) startContainerd() {
     platform = "linux/amd64"
     snapshotter = "mica"
     differ = "mica-diff"
-`, b.path("run/diff.sock"))
+`, b.path("root"), b.path("run/diff.sock"))
 	}
 	b.write("containerd.toml", fmt.Sprintf(`version = %d
 root = %q
