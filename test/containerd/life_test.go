@@ -29,6 +29,11 @@ func TestLife(t *testing.T) {
 			t.Errorf("another container sees %q", got)
 		}
 		b.wantBack(image)
+		out := b.ctr("run", "--rm", "--snapshotter", "mica", "--snapshotter-label", "containerd.io/snapshot/mica.size=3G",
+			imageName, "large", "/bin/df", "-k", "/")
+		if f := strings.Fields(out); len(f) < 9 || len(f[8]) < 7 || f[8] < "2800000" {
+			t.Errorf("a container of 3 GiB says:\n%s", out)
+		}
 
 		// A committed container: snapshots are made from it.
 		b.run(imageName, "base", "echo kept > /kept; dd if=/kept of=/kept2 conv=fsync; sleep 1000")

@@ -80,16 +80,8 @@ func TestRestarts(t *testing.T) {
 		}
 		b.kill(names...)
 		b.ctr("images", "rm", "--sync", imageName)
-		b.collect()
 		b.wantBack(before)
 	})
-}
-
-// collect lets containerd's garbage collector run: removing an image with --sync waits for it.
-func (b *box) collect() {
-	b.Helper()
-	b.ctr("images", "import", "--no-unpack", b.path("image.tar"))
-	b.ctr("images", "rm", "--sync", imageName)
 }
 
 // count is how many lines a container has written.

@@ -216,6 +216,7 @@ func (b *box) startContainerd() {
 	b.Helper()
 	version, diff := 2, ""
 	if b.major >= 2 { // proxies for diff, and capabilities, came later than 1.6
+		version = 3
 		diff = fmt.Sprintf(`
     capabilities = ["remap-ids"]
     [proxy_plugins.mica.exports]
@@ -406,9 +407,18 @@ func (b *box) settled() (st status) {
 	}
 }
 
+// collect lets containerd's garbage collector run, and waits for it. By itself it runs some time after
+// something was removed.
+func (b *box) collect() {
+	b.Helper()
+	b.ctr("leases", "create", "--id", "collect")
+	b.ctr("leases", "delete", "--sync", "collect")
+}
+
 // wantBack fails unless the pool holds what it held before.
 func (b *box) wantBack(before status) {
 	b.Helper()
+	b.collect()
 	var now status
 	for end := time.Now().Add(10 * time.Second); time.Now().Before(end); time.Sleep(50 * time.Millisecond) {
 		if now = b.settled(); now.Pool.DataUsed == before.Pool.DataUsed && now.Pool.Devices == before.Pool.Devices && now.Store.Attached == 0 {

@@ -130,7 +130,6 @@ func TestFullPool(t *testing.T) {
 		for _, key := range []string{"p", "c", "v"} {
 			other.tryCtr(time.Minute, "snapshots", "--snapshotter", "mica", "rm", key)
 		}
-		b.collect()
 		b.wantBack(before)
 	})
 }
