@@ -252,14 +252,18 @@ const (
 // isClean tells whether a device's file system can be mounted without its journal. It reads the
 // device itself, not a node.
 func (s *Store) isClean(ctx context.Context, id thin.DevID, size int64, fstype string) (bool, error) {
-	if fstype != "ext4" {
-		return false, nil // a replay of a clean one costs little
-	}
 	t, err := s.pool.Open(ctx, id, engine.OpenOptions{SizeBytes: size, ReadOnly: true})
 	if err != nil {
 		return false, err
 	}
 	defer t.Close()
+	if fstype == "xfs" {
+		clean, err := xfsClean(t)
+		if err != nil {
+			err = fmt.Errorf("device %d: %w", id, err)
+		}
+		return clean, err
+	}
 	sb := make([]byte, 1024)
 	if _, err := t.ReadAt(sb, ext4At); err != nil {
 		return false, err

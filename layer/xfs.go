@@ -1,0 +1,128 @@
+package layer
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+
+	"golang.org/x/sys/unix"
+
+	"mica/dev"
+)
+
+// The parts of an XFS file system that tell whether it was unmounted in order; everything is
+// big-endian. Superblock, at byte 0 of the device:
+//
+//	offset  size  field
+//	0       4     magic      "XFSB"
+//	4       4     blocksize  bytes
+//	48      8     logstart   first block of the log, as group and block in it; 0: the log is elsewhere
+//	84      4     agblocks   blocks of an allocation group
+//	96      4     logblocks
+//	124     1     agblklog   bits of the block number within a group
+//
+// The log is a ring of records, each of which begins at a 512-byte sector with a header. No other
+// sector can begin with the header's magic: the first four bytes of every other one are replaced by
+// the number of the log's round.
+//
+//	0       4     magic      0xfeedbabe
+//	8       4     version    1 or 2
+//	16      8     lsn        round << 32 | sector: the newest record has the highest
+//	40      4     num_ops
+//	320     4     size       of the buffer that it was written from, bytes; the header has one sector for
+//	                         each 32 KiB of it (version 2)
+//
+// An operation's header is behind that, its flags in byte 9. An unmount writes a record of one operation
+// with flag 0x20; if that is the newest record, there is nothing to replay.
+//
+// Source: "XFS Algorithms & Data Structures", chapters on superblocks and on the journaling log.
+const (
+	xfsSuper     = 0x58465342
+	xfsRecord    = 0xfeedbabe
+	xfsSector    = 512
+	xfsUnmounted = 0x20
+	xfsHeaderFor = 32 << 10 // bytes of a record for which its header has one sector
+	xfsMaxLog    = 2 << 30
+)
+
+// xfsClean tells whether an XFS file system can be mounted without its log. It reads what of the log is
+// allocated.
+func xfsClean(d dev.Device) (bool, error) {
+	sb := make([]byte, xfsSector)
+	if _, err := d.ReadAt(sb, 0); err != nil {
+		return false, err
+	}
+	be := binary.BigEndian
+	if be.Uint32(sb) != xfsSuper {
+		return false, fmt.Errorf("no XFS superblock: %w", unix.EUCLEAN)
+	}
+	block, agblocks, agbits := int64(be.Uint32(sb[4:])), int64(be.Uint32(sb[84:])), sb[124]
+	start, length := be.Uint64(sb[48:]), int64(be.Uint32(sb[96:]))*block
+	if start == 0 || agbits > 31 || block < xfsSector || block > 64<<10 || length <= 0 || length > xfsMaxLog {
+		return false, fmt.Errorf("XFS log at block %d of %d bytes: %w", start, length, unix.EUCLEAN)
+	}
+	at := (int64(start>>agbits)*agblocks + int64(start&(1<<agbits-1))) * block
+	if err := dev.CheckRange(at, length, d.Size()); err != nil {
+		return false, fmt.Errorf("XFS log: %w: %w", unix.EUCLEAN, err)
+	}
+	newest, newestAt := uint64(0), int64(-1)
+	err := eachAllocated(d, at, length, func(p []byte, off int64) {
+		for i := 0; i+xfsSector <= len(p); i += xfsSector {
+			if be.Uint32(p[i:]) != xfsRecord {
+				continue
+			}
+			if lsn := be.Uint64(p[i+16:]); lsn >= newest {
+				newest, newestAt = lsn, off+int64(i)
+			}
+		}
+	})
+	if err != nil || newestAt < 0 {
+		return false, err
+	}
+	rec := make([]byte, xfsSector)
+	if _, err := d.ReadAt(rec, newestAt); err != nil {
+		return false, err
+	}
+	if be.Uint32(rec[40:]) != 1 {
+		return false, nil
+	}
+	sectors := int64(1)
+	if size := int64(be.Uint32(rec[320:])); be.Uint32(rec[8:])&2 != 0 && size > xfsHeaderFor {
+		sectors = (size + xfsHeaderFor - 1) / xfsHeaderFor
+	}
+	op := at + (newestAt-at+sectors*xfsSector)%length // the log is a ring
+	if _, err := d.ReadAt(rec[:16], op); err != nil {
+		return false, err
+	}
+	return rec[9]&xfsUnmounted != 0, nil
+}
+
+// eachAllocated calls fn with the contents of what is allocated in a range, in pieces.
+func eachAllocated(d dev.Device, off, n int64, fn func(p []byte, off int64)) error {
+	buf := make([]byte, 1<<20)
+	ext, _ := d.(dev.Extenter)
+	for end := off + n; off < end; {
+		step := min(int64(len(buf)), end-off)
+		if ext != nil {
+			list, err := ext.Extents(off, end-off)
+			if err != nil {
+				return err
+			}
+			if len(list) > 0 && list[0].Off <= off {
+				left := list[0].Off + list[0].Len - off
+				if list[0].Hole || list[0].Zero {
+					off += left
+					continue
+				}
+				step = min(step, left)
+			}
+		}
+		if _, err := d.ReadAt(buf[:step], off); err != nil && !errors.Is(err, io.EOF) {
+			return err
+		}
+		fn(buf[:step], off)
+		off += step
+	}
+	return nil
+}
