@@ -42,6 +42,8 @@ func TestMain(m *testing.M) {
 			err = fuse.RunHelper(context.Background(), os.Stdin, os.Stdout)
 		case "role-holder":
 			err = holder.Run(context.Background(), os.Args[2])
+		case "role-client":
+			err = clientRole(os.Args[2])
 		}
 		if err != nil {
 			fmt.Fprintln(os.Stderr, os.Args[1]+":", err)
