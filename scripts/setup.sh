@@ -32,6 +32,9 @@ tests    fio                      /usr/bin/fio                         verified 
 tests    nbdkit                   /usr/bin/nbdkit                      a peer of the NBD server
 tests    libnbd-bin               /usr/bin/nbdinfo                     nbdinfo, nbdcopy
 tests    qemu-utils               /usr/bin/qemu-io                     qemu-img, qemu-io
+tests    python3-libnbd           /usr/bin/nbdsh                       nbdsh
+tests    zstd                     /usr/bin/zstd                        compressed images
+tests    curl                     /usr/bin/curl                        the HTTP API as a stranger uses it
 tests    umoci                    /usr/bin/umoci                       a second opinion on image unpacking
 tests    skopeo                   /usr/bin/skopeo                      converting images
 tests    containerd               /usr/bin/containerd                  the client of the layer store
