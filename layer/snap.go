@@ -224,7 +224,10 @@ func (n *SnapStore) Usage(ctx context.Context, name string) (int64, error) {
 }
 
 // Nudge lets the background try again at once what it could not do before.
-func (n *SnapStore) Nudge() { signalLoop(n.s.wake) }
+func (s *Store) Nudge() { signalLoop(s.wake) }
+
+// Nudge is that of the store.
+func (n *SnapStore) Nudge() { n.s.Nudge() }
 
 // Hold keeps a committed snapshot from being removed until release.
 func (n *SnapStore) Hold(ctx context.Context, name string) (release func(), err error) {

@@ -106,12 +106,22 @@ func newRig(t testing.TB, dataBytes int64) *rig {
 	ok(t, err)
 	r := &rig{t: t, dir: dir, loc: user.Location{Dir: filepath.Join(dir, "pool")}, log: testLogger()}
 	t.Cleanup(func() {
+		// In order: a loop device outlives the end of its server, and would be left.
+		unmountIn(dir, func(at string) bool { return strings.HasPrefix(at, dir+"/m") })
+		if r.store != nil {
+			ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+			r.store.Nudge()
+			if busy, err := r.store.DetachSnaps(ctx); err != nil || len(busy) > 0 {
+				t.Errorf("detach at the end: %v, %v", busy, err)
+			}
+			cancel()
+		}
 		r.close()
 		if c, err := holder.Dial(filepath.Join(dir, "holder.sock")); err == nil {
 			c.Quit(true)
 			c.Close()
 		}
-		unmountBelow(dir)
+		unmountIn(dir, func(string) bool { return true })
 		os.RemoveAll(dir)
 	})
 	ok(t, os.Mkdir(r.loc.Dir, 0o700))
@@ -312,12 +322,15 @@ func wantClass(t testing.TB, err error, is func(error) bool, words ...string) {
 	}
 }
 
-// unmountBelow takes away what a failed test left mounted.
-func unmountBelow(dir string) {
+// unmountIn takes away what a test left mounted below dir.
+func unmountIn(dir string, which func(at string) bool) {
 	text, _ := os.ReadFile("/proc/self/mounts")
 	for line := range strings.Lines(string(text)) {
-		if f := strings.Fields(line); len(f) > 1 && strings.HasPrefix(f[1], dir+"/") {
-			unix.Unmount(f[1], unix.MNT_DETACH)
+		f := strings.Fields(line)
+		if len(f) > 1 && strings.HasPrefix(f[1], dir+"/") && which(f[1]) {
+			if unix.Unmount(f[1], 0) != nil {
+				unix.Unmount(f[1], unix.MNT_DETACH)
+			}
 		}
 	}
 }

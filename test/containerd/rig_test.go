@@ -463,6 +463,16 @@ func (b *box) clear() {
 	if err := os.RemoveAll(b.dir); err != nil {
 		b.Errorf("clear: %v", err)
 	}
+	// What runc and the kernel keep by namespace.
+	for _, ns := range []string{b.ns, b.ns + "b"} {
+		os.RemoveAll(filepath.Join("/run/containerd/runc", ns))
+		for _, pattern := range []string{"/sys/fs/cgroup/" + ns, "/sys/fs/cgroup/*/" + ns} {
+			dirs, _ := filepath.Glob(pattern)
+			for _, dir := range dirs {
+				unix.Rmdir(dir)
+			}
+		}
+	}
 }
 
 // processes are those whose command line has all the words; one of them is a path of this test's.
