@@ -340,6 +340,22 @@ func canResizeExt4() bool {
 	return unix.Capget(&h, &d[0]) == nil && d[unix.CAP_SYS_RESOURCE/32].Effective&(1<<(unix.CAP_SYS_RESOURCE%32)) != 0
 }
 
+// awaitFree waits until nobody has a node mounted: a process elsewhere that made itself a mount
+// namespace has copies of our mounts for a moment.
+func awaitFree(t *testing.T, node string) {
+	t.Helper()
+	for deadline := time.Now().Add(10 * time.Second); ; time.Sleep(20 * time.Millisecond) {
+		fd, err := unix.Open(node, unix.O_RDONLY|unix.O_EXCL|unix.O_CLOEXEC, 0)
+		if err == nil {
+			unix.Close(fd)
+			return
+		}
+		if err != unix.EBUSY || time.Now().After(deadline) {
+			t.Fatalf("%s is not free: %v", node, err)
+		}
+	}
+}
+
 func testGrow(t *testing.T, fs string) {
 	s := newSetup(t, true)
 	needTool(t, "mkfs.ext4", "resize2fs", "mkfs.xfs", "xfs_growfs")
@@ -367,6 +383,7 @@ func testGrow(t *testing.T, fs string) {
 		default:
 			t.Log("no CAP_SYS_RESOURCE: ext4 is grown unmounted")
 			unmountFS(t, mnt)
+			awaitFree(t, a.Node())
 			run(t, "e2fsck", "-fp", a.Node())
 			run(t, "resize2fs", a.Node())
 			mount(t, a.Node(), mnt)

@@ -135,8 +135,9 @@ func (b *box) compareDepths(shallow, deep string) {
 			b.Errorf("%s: %.3f reads and %.0f bytes a request, want at most 3.1 and 4608", name, per, perBytes)
 		}
 	}
-	if d := float64(calls[1]) / float64(calls[0]); d > 1.03 {
-		b.Errorf("the deepest container makes %.3f times as many reads as one of a single layer", d)
+	// Bytes, not calls: how often the queue is found empty depends on the other load, and brings none.
+	if d := float64(bytes[1]) / float64(bytes[0]); d > 1.01 {
+		b.Errorf("the deepest container reads %.3f times as many bytes as one of a single layer", d)
 	}
 	b.Logf("depth %d reads %.3f x as fast as depth 1 (promised: 0.95)", depth, slices.Max(iops[1])/slices.Max(iops[0]))
 	for _, n := range names {
