@@ -117,6 +117,9 @@ func (r *snapCrash) operation(ctx context.Context) (undo func(), err error) {
 		return some[r.rng.IntN(len(some))]
 	}
 	fresh := fmt.Sprintf("s%d", r.rng.IntN(100_000))
+	for _, taken := r.model[fresh]; taken; _, taken = r.model[fresh] {
+		fresh = fmt.Sprintf("s%d", r.rng.IntN(100_000))
+	}
 	parent := of(SnapCommitted)
 	if r.rng.IntN(4) == 0 {
 		parent = ""
