@@ -69,7 +69,7 @@ Writes that wait for space go on at once.`,
 			if !p.named(args) {
 				return growOnline(cmd, data, metadata)
 			}
-			pool, err := p.open(cmd.Context(), args)
+			pool, err := p.open(cmd.Context(), args, false)
 			if err != nil {
 				return err
 			}
@@ -102,7 +102,7 @@ something else has written.`,
 			if !p.named(args) {
 				return trimOnline(cmd)
 			}
-			pool, err := p.open(cmd.Context(), args)
+			pool, err := p.open(cmd.Context(), args, false)
 			if err != nil {
 				return err
 			}

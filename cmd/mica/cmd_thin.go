@@ -1,7 +1,6 @@
 package main
 
 import (
-	"errors"
 	"fmt"
 	"strconv"
 
@@ -118,11 +117,11 @@ func (p *poolFlags) onDevices(readOnly bool, fn func(cmd *cobra.Command, pool *u
 			}
 			ids = append(ids, id)
 		}
-		pool, err := p.openWith(cmd.Context(), args, user.Options{ReadOnly: readOnly})
+		pool, err := p.open(cmd.Context(), args, readOnly)
 		if err != nil {
 			return err
 		}
-		return errors.Join(fn(cmd, pool, ids), pool.Close())
+		return closing(pool, fn(cmd, pool, ids))
 	}
 }
 

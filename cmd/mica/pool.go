@@ -64,12 +64,9 @@ func (p *poolFlags) location(args []string) user.Location {
 	return user.Location{Dir: args[0]}
 }
 
-// open opens the pool for writing.
-func (p *poolFlags) open(ctx context.Context, args []string) (*user.Pool, error) {
-	return p.openWith(ctx, args, user.Options{})
-}
-
-func (p *poolFlags) openWith(ctx context.Context, args []string, o user.Options) (*user.Pool, error) {
+// open opens the pool, for reading only if asked.
+func (p *poolFlags) open(ctx context.Context, args []string, readOnly bool) (*user.Pool, error) {
+	o := user.Options{ReadOnly: readOnly}
 	o.ErrorIfNoSpace = true // nobody would free space while this process waits
 	o.LockWait = lockWait
 	o.Logger = slog.New(slog.NewTextHandler(io.Discard, nil)) // errors come back from the calls
