@@ -14,6 +14,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"mica/dev"
+	"mica/dev/signature"
 	"mica/thin"
 )
 
@@ -217,7 +218,7 @@ func (f *formatter) openOrCreate(ctx context.Context, path string, size func() (
 	d, err := dev.Open(path, dev.OpenOptions{Lock: true})
 	if err == nil {
 		if !f.o.Force {
-			if err := checkSignatures(ctx, path); err != nil {
+			if err := signature.Check(ctx, path); err != nil {
 				d.Close()
 				return nil, err
 			}

@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"mica/dev"
+	"mica/dev/signature"
 	"mica/engine"
 	"mica/thin"
 )
@@ -221,11 +222,11 @@ func TestBlockDevicePool(t *testing.T) {
 	if out, err := exec.Command("mkfs.ext4", "-q", l.Data).CombinedOutput(); err != nil {
 		t.Fatalf("mkfs.ext4: %v: %s", err, out)
 	}
-	if err := Format(ctx, l, FormatOptions{}); !errors.Is(err, ErrSignature) || !strings.Contains(err.Error(), "ext4") {
-		t.Errorf("format over ext4: %v, want ErrSignature naming it", err)
+	if err := Format(ctx, l, FormatOptions{}); !errors.Is(err, signature.ErrFound) || !strings.Contains(err.Error(), "ext4") {
+		t.Errorf("format over ext4: %v, want ErrFound naming it", err)
 	}
-	if err := Format(ctx, Location{Data: l.Metadata, Metadata: l.Data}, FormatOptions{}); !errors.Is(err, ErrSignature) {
-		t.Errorf("metadata over ext4: %v, want ErrSignature", err)
+	if err := Format(ctx, Location{Data: l.Metadata, Metadata: l.Data}, FormatOptions{}); !errors.Is(err, signature.ErrFound) {
+		t.Errorf("metadata over ext4: %v, want ErrFound", err)
 	}
 	must(t, Format(ctx, l, FormatOptions{Force: true, BlockSize: 128 << 10}))
 	if err := Format(ctx, l, FormatOptions{}); err == nil {

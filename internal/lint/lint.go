@@ -10,8 +10,8 @@ package lint
 // Imports point down: cmd, daemon, snapshotter, image, layer, then export beside engine, then
 // thin, pdata, dev.
 var Layers = []Layer{
-	{"cmd/mica/...", []string{"daemon/...", "snapshotter/...", "image/...", "layer/...", "export/...", "engine/...", "thin/...", "pdata/...", "dev/..."}},
-	{"daemon/...", []string{"snapshotter/...", "image/...", "layer/...", "export/...", "engine/...", "thin/...", "dev/..."}},
+	{"cmd/mica/...", []string{"daemon/...", "snapshotter/...", "image/...", "layer/...", "export/...", "engine/...", "lvm", "thin/...", "pdata/...", "dev/..."}},
+	{"daemon/...", []string{"snapshotter/...", "image/...", "layer/...", "export/...", "engine/...", "lvm", "thin/...", "dev/..."}},
 	{"snapshotter/...", []string{"layer/...", "engine", "thin", "dev"}},
 	{"image/...", []string{"layer/...", "dev"}},
 	{"layer/...", []string{"export/...", "engine/...", "thin", "dev/..."}},
@@ -19,6 +19,7 @@ var Layers = []Layer{
 	{"engine", []string{"thin", "dev"}},
 	{"engine/kernel/...", []string{"engine", "thin/...", "pdata/...", "dev/...", "internal/dmioctl"}},
 	{"engine/...", []string{"engine", "thin/...", "pdata/...", "dev/..."}},
+	{"lvm", []string{"dev/..."}}, // storage set up with the LVM tools
 	{"thin/...", []string{"pdata/...", "dev/..."}},
 	{"pdata/spacemap", []string{"pdata/btree", "pdata/txn", "pdata/block", "dev"}},
 	{"pdata/btree", []string{"pdata/txn", "pdata/block", "dev"}},
@@ -28,7 +29,7 @@ var Layers = []Layer{
 	// Tools and helpers of tests. Nothing above imports them, but dmioctl.
 	{"internal/dmioctl", nil},
 	{"internal/...", []string{"internal/...", "daemon/...", "layer/...", "image/...", "export/...", "engine/...", "thin/...", "pdata/...", "dev/..."}},
-	{"test/...", []string{"internal/...", "daemon/...", "layer/...", "image/...", "export/...", "engine/...", "thin/...", "pdata/...", "dev/..."}},
+	{"test/...", []string{"internal/...", "daemon/...", "lvm", "layer/...", "image/...", "export/...", "engine/...", "thin/...", "pdata/...", "dev/..."}},
 	{"packaging/...", nil},               // units and rules, with the tests that read them
 	{"demo/...", []string{"daemon/api"}}, // it uses the binary, as everybody does
 }

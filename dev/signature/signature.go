@@ -1,4 +1,6 @@
-package user
+// Package signature finds out whether a block device carries something already, before it is
+// formatted.
+package signature
 
 import (
 	"context"
@@ -10,20 +12,20 @@ import (
 	"mica/dev"
 )
 
-// ErrSignature: a device that is to be formatted carries something already.
-var ErrSignature = errors.New("there is something on the device")
+// ErrFound: a device that is to be formatted carries something already.
+var ErrFound = errors.New("there is something on the device")
 
-// checkSignatures refuses a device on which wipefs or blkid finds a file system, a partition
-// table, a RAID or LVM label or the like. Where neither tool is there, only a device whose first
-// and last MiB are zeros passes.
-func checkSignatures(ctx context.Context, path string) error {
+// Check refuses a device on which wipefs or blkid finds a file system, a partition table, a RAID
+// or LVM label or the like: the error is ErrFound with the names of what was found. Where neither
+// tool is there, only a device whose first and last MiB are zeros passes.
+func Check(ctx context.Context, path string) error {
 	if tool, err := exec.LookPath("wipefs"); err == nil {
 		out, err := exec.CommandContext(ctx, tool, "--no-act", "--noheadings", "--output", "TYPE,OFFSET", path).CombinedOutput()
 		if err != nil {
 			return fmt.Errorf("look for signatures on %s: %w: %s", path, err, strings.TrimSpace(string(out)))
 		}
 		if found := strings.Fields(string(out)); len(found) > 0 {
-			return fmt.Errorf("%s: %w: %s", path, ErrSignature, strings.Join(found, " "))
+			return fmt.Errorf("%s: %w: %s", path, ErrFound, strings.Join(found, " "))
 		}
 		return nil
 	}
@@ -32,7 +34,7 @@ func checkSignatures(ctx context.Context, path string) error {
 		var ee *exec.ExitError
 		switch {
 		case err == nil:
-			return fmt.Errorf("%s: %w: %s", path, ErrSignature, strings.TrimSpace(string(out)))
+			return fmt.Errorf("%s: %w: %s", path, ErrFound, strings.TrimSpace(string(out)))
 		case errors.As(err, &ee) && ee.ExitCode() == 2: // nothing found
 			return nil
 		default:
@@ -49,7 +51,7 @@ func checkEnds(path string) error {
 		return err
 	}
 	defer d.Close()
-	n := min(d.Size(), int64(len(zeroBuf)))
+	n := min(d.Size(), 1<<20)
 	for _, off := range []int64{0, d.Size() - n} {
 		b := make([]byte, n)
 		if _, err := d.ReadAt(b, off); err != nil {
@@ -57,7 +59,7 @@ func checkEnds(path string) error {
 		}
 		for i, c := range b {
 			if c != 0 {
-				return fmt.Errorf("%s: %w: byte %d is not zero", path, ErrSignature, off+int64(i))
+				return fmt.Errorf("%s: %w: byte %d is not zero", path, ErrFound, off+int64(i))
 			}
 		}
 	}
