@@ -304,6 +304,137 @@ func TestCrashImages(t *testing.T) {
 	}
 }
 
+// TestCrashCursor compares the images of a cursor that goes through a random log with those made
+// from the beginning for each cut, and both with what must be in them.
+func TestCrashCursor(t *testing.T) {
+	const size = 16 << 10
+	for seed := range uint64(30) {
+		rng := rand.New(rand.NewPCG(seed, 1))
+		log := dev.NewCrashLog()
+		r, err := log.Wrap(dev.NewMem(size))
+		if err != nil {
+			t.Fatal(err)
+		}
+		for i := range 40 {
+			off := rng.Int64N(r.Size()/512) * 512
+			n := min(r.Size()-off, 512*(1+rng.Int64N(6)))
+			switch rng.IntN(8) {
+			case 0:
+				err = r.Flush()
+			case 1:
+				err = r.Discard(off, n)
+			case 2:
+				if r.Size() < 4*size {
+					err = r.Resize(r.Size() + 4096)
+				}
+			default:
+				_, err = r.WriteAt(bytes.Repeat([]byte{byte(i + 1)}, int(n)), off)
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+		}
+		c := log.Cursor()
+		for cut := range log.Now() {
+			c.Seek(cut)
+			for mode := dev.CrashKeep; mode <= dev.CrashOnly; mode++ {
+				a := c.Image(r, mode, dev.Unit512, rand.New(rand.NewPCG(seed, uint64(cut))))
+				b := log.Image(r, cut, mode, 512, rand.New(rand.NewPCG(seed, uint64(cut))))
+				if a.Size() != b.Size() || !bytes.Equal(contents(a), contents(b)) {
+					t.Fatalf("seed %d, cut %d, %v: the cursor's image differs", seed, cut, mode)
+				}
+			}
+		}
+		// Everything kept, at the end: the device itself.
+		if !bytes.Equal(contents(c.Image(r, dev.CrashKeep, dev.Unit512, rng)), contents(r)) {
+			t.Fatalf("seed %d: the last image is not the device", seed)
+		}
+	}
+}
+
+func contents(d dev.Device) []byte {
+	p := make([]byte, d.Size())
+	d.ReadAt(p, 0)
+	return p
+}
+
+// TestCrashGrowth: growth is lost like a write, unless it was flushed or something lasts beyond it.
+func TestCrashGrowth(t *testing.T) {
+	log := dev.NewCrashLog()
+	r, err := log.Wrap(dev.NewMem(4096))
+	if err != nil {
+		t.Fatal(err)
+	}
+	rng := rand.New(rand.NewPCG(1, 1))
+	if err := r.Resize(8192); err != nil {
+		t.Fatal(err)
+	}
+	grown := log.Now()
+	if _, err := r.WriteAt([]byte{1}, 8000); err != nil {
+		t.Fatal(err)
+	}
+	written := log.Now()
+	if err := r.Flush(); err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range []struct {
+		cut  int
+		mode dev.CrashMode
+		want int64
+	}{{grown, dev.CrashLose, 4096}, {grown, dev.CrashKeep, 8192}, {written, dev.CrashLose, 4096}, {log.Now(), dev.CrashLose, 8192}} {
+		if got := log.Image(r, c.cut, c.mode, 512, rng).Size(); got != c.want {
+			t.Errorf("cut %d, %v: %d bytes, want %d", c.cut, c.mode, got, c.want)
+		}
+	}
+	// What a failed sync left behind is not made certain by the next one.
+	if _, err := r.WriteAt([]byte{2}, 0); err != nil {
+		t.Fatal(err)
+	}
+	r.Forget()
+	if err := r.Flush(); err != nil {
+		t.Fatal(err)
+	}
+	if got := contents(log.Image(r, log.Now(), dev.CrashLose, 512, rng)); got[0] != 0 || got[8000] != 1 {
+		t.Errorf("after Forget: bytes %d and %d, want 0 and 1", got[0], got[8000])
+	}
+}
+
+// TestMemClones: clones and their origin do not see each other's changes, also while they are made.
+func TestMemClones(t *testing.T) {
+	m := dev.NewMem(64 << 10)
+	stop := make(chan struct{})
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		for i := byte(1); ; i++ {
+			select {
+			case <-stop:
+				return
+			default:
+			}
+			m.WriteAt(bytes.Repeat([]byte{i}, 8192), 4096)
+			m.WriteZeroes(20000, 3000, i%2 == 0)
+		}
+	}()
+	for range 500 {
+		c := m.Clone()
+		was := contents(c)
+		d := c.Clone()
+		if _, err := d.WriteAt([]byte("changed"), 5000); err != nil {
+			t.Fatal(err)
+		}
+		d.Discard(0, d.Size())
+		if !bytes.Equal(contents(c), was) {
+			t.Fatal("a clone changed with its origin or its own clone")
+		}
+		if !bytes.Equal(contents(d), make([]byte, d.Size())) {
+			t.Fatal("a discarded clone still holds something")
+		}
+	}
+	close(stop)
+	<-done
+}
+
 func TestCheckRange(t *testing.T) {
 	for _, c := range []struct {
 		off, n, size int64

@@ -2,7 +2,9 @@ package dev
 
 import (
 	"fmt"
+	"maps"
 	"sync"
+	"sync/atomic"
 )
 
 // memChunk is the unit in which a Mem allocates, in bytes.
@@ -22,7 +24,10 @@ type Mem struct {
 
 type memBlock struct {
 	mu sync.RWMutex
-	b  [memChunk]byte
+	// shared: a clone has this block too, and nobody writes it any more. Set under mu, never
+	// cleared.
+	shared atomic.Bool
+	b      [memChunk]byte
 }
 
 // NewMem returns a device of sizeBytes zero bytes.
@@ -30,19 +35,19 @@ func NewMem(sizeBytes int64) *Mem {
 	return &Mem{size: sizeBytes, data: map[int64]*memBlock{}}
 }
 
-// Clone returns an independent copy of what m holds now.
+// Clone returns an independent copy of what m holds now. Chunks are shared until one of the two
+// changes them, so a clone costs little more than its map.
 func (m *Mem) Clone() *Mem {
 	m.mu.RLock()
 	defer m.mu.RUnlock()
-	c := NewMem(m.size)
-	for i, b := range m.data {
-		n := new(memBlock)
-		b.mu.RLock()
-		n.b = b.b
-		b.mu.RUnlock()
-		c.data[i] = n
+	for _, b := range m.data {
+		if !b.shared.Load() {
+			b.mu.Lock() // a write of this chunk is over, or will find the mark
+			b.shared.Store(true)
+			b.mu.Unlock()
+		}
 	}
-	return c
+	return &Mem{size: m.size, data: maps.Clone(m.data)}
 }
 
 func (m *Mem) Size() int64 {
@@ -57,18 +62,30 @@ func (m *Mem) chunk(i int64) *memBlock {
 	return m.data[i]
 }
 
-func (m *Mem) chunkForWrite(i int64) *memBlock {
-	if b := m.chunk(i); b != nil {
-		return b
+// change calls fn with the bytes of chunk i, which is allocated if it must be and made m's own if
+// a clone has it too.
+func (m *Mem) change(i int64, fn func(b *[memChunk]byte)) {
+	for {
+		b := m.chunk(i)
+		if b != nil {
+			b.mu.Lock()
+			if !b.shared.Load() {
+				fn(&b.b)
+				b.mu.Unlock()
+				return
+			}
+			b.mu.Unlock()
+		}
+		m.mu.Lock()
+		if m.data[i] == b { // else somebody was quicker
+			own := new(memBlock)
+			if b != nil {
+				own.b = b.b
+			}
+			m.data[i] = own
+		}
+		m.mu.Unlock()
 	}
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	b := m.data[i]
-	if b == nil {
-		b = new(memBlock)
-		m.data[i] = b
-	}
-	return b
 }
 
 func (m *Mem) ReadAt(p []byte, off int64) (int, error) {
@@ -105,10 +122,7 @@ func (m *Mem) WriteAt(p []byte, off int64) (int, error) {
 	for len(p) > 0 {
 		in := off % memChunk
 		c := min(int64(len(p)), memChunk-in)
-		b := m.chunkForWrite(off / memChunk)
-		b.mu.Lock()
-		copy(b.b[in:], p[:c])
-		b.mu.Unlock()
+		m.change(off/memChunk, func(b *[memChunk]byte) { copy(b[in:], p[:c]) })
 		p, off = p[c:], off+c
 	}
 	return n, nil
@@ -141,21 +155,12 @@ func (m *Mem) WriteZeroes(off, n int64, keepAllocated bool) error {
 		c := min(n, memChunk-in)
 		i := off / memChunk
 		switch {
-		case keepAllocated:
-			b := m.chunkForWrite(i)
-			b.mu.Lock()
-			clear(b.b[in : in+c])
-			b.mu.Unlock()
-		case c == memChunk:
+		case c == memChunk && !keepAllocated:
 			m.mu.Lock()
 			delete(m.data, i)
 			m.mu.Unlock()
-		default:
-			if b := m.chunk(i); b != nil {
-				b.mu.Lock()
-				clear(b.b[in : in+c])
-				b.mu.Unlock()
-			}
+		case keepAllocated || m.chunk(i) != nil:
+			m.change(i, func(b *[memChunk]byte) { clear(b[in : in+c]) })
 		}
 		off, n = off+c, n-c
 	}
@@ -202,9 +207,11 @@ func (m *Mem) Resize(sizeBytes int64) error {
 		case i*memChunk >= sizeBytes:
 			delete(m.data, i)
 		case (i+1)*memChunk > sizeBytes:
-			b.mu.Lock()
-			clear(b.b[sizeBytes-i*memChunk:])
-			b.mu.Unlock()
+			own := new(memBlock)
+			b.mu.RLock()
+			copy(own.b[:], b.b[:sizeBytes-i*memChunk])
+			b.mu.RUnlock()
+			m.data[i] = own
 		}
 	}
 	m.size = sizeBytes

@@ -2,8 +2,9 @@ package dev
 
 import (
 	"fmt"
-	"math/rand/v2"
+	"slices"
 	"sync"
+	"sync/atomic"
 )
 
 // A CrashLog records what happens to one or several devices, on one clock, and builds the
@@ -12,25 +13,37 @@ import (
 // The clock counts beginnings and ends of requests. A write is certain to survive a cut once a
 // flush of its device that began after the write's end has itself ended before the cut. Of the
 // other writes that began before the cut each may be kept, lost, or torn into units of which
-// some are kept.
+// some are kept. Growth of a device is a write in this sense.
 type CrashLog struct {
-	mu    sync.Mutex
-	clock int          // guarded by mu, as is the rest
-	recs  [][]crashRec // by device
-	base  []*Mem       // contents when recording began
-	size  []int64      // present sizes
-	ends  []int        // clock at the end of each flush that succeeded
+	clock *atomic.Int64
+
+	mu   sync.Mutex
+	recs [][]crashRec // guarded by mu, as is the rest; by device, beginnings rise
+	base []*Mem       // contents when recording began
+	ends []int        // clock at the end of each flush that succeeded
 }
 
+type crashKind uint8
+
+const (
+	crashWrite crashKind = iota
+	crashFlush
+	crashGrow
+)
+
 type crashRec struct {
-	flush      bool
+	kind       crashKind
+	lost       bool   // no later flush makes it certain
 	begin, end int    // clock; end is 0 while in flight or if the request failed
-	off, n     int64  //
+	off, n     int64  // of growth: 0 and the new size
 	data       []byte // nil for zeros
 }
 
 // NewCrashLog returns an empty log.
-func NewCrashLog() *CrashLog { return &CrashLog{} }
+func NewCrashLog() *CrashLog { return NewCrashLogOn(new(atomic.Int64)) }
+
+// NewCrashLogOn returns an empty log whose clock may be shared with another process.
+func NewCrashLogOn(clock *atomic.Int64) *CrashLog { return &CrashLog{clock: clock} }
 
 // Wrap begins to record d, whose present contents are taken as durable.
 func (l *CrashLog) Wrap(d Device) (*Recorder, error) {
@@ -38,12 +51,47 @@ func (l *CrashLog) Wrap(d Device) (*Recorder, error) {
 	if err := copyDevice(base, d); err != nil {
 		return nil, err
 	}
+	return &Recorder{forward: forward{d}, log: l, id: l.add(base, nil)}, nil
+}
+
+func (l *CrashLog) add(base *Mem, recs []crashRec) int {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	l.recs = append(l.recs, nil)
+	l.recs = append(l.recs, recs)
 	l.base = append(l.base, base)
-	l.size = append(l.size, d.Size())
-	return &Recorder{forward: forward{d}, log: l, id: len(l.recs) - 1}, nil
+	return len(l.recs) - 1
+}
+
+// A CrashRecord is one request of a device that was recorded elsewhere, on the same clock. End is
+// 0 if it did not succeed. Flush, or else Truncate (to N bytes), or else a write of Data at Off.
+type CrashRecord struct {
+	Begin, End      int
+	Flush, Truncate bool
+	Off, N          int64
+	Data            []byte
+}
+
+// Load adds a device that was empty at first and recorded elsewhere. The Recorder serves to name
+// it; it has no device. Shrinking is not followed.
+func (l *CrashLog) Load(rs []CrashRecord) *Recorder {
+	var recs []crashRec
+	for _, r := range rs {
+		c := crashRec{begin: r.Begin, end: r.End, off: r.Off, n: int64(len(r.Data)), data: r.Data}
+		switch {
+		case r.Flush:
+			c.kind = crashFlush
+			if r.End != 0 {
+				l.mu.Lock()
+				l.ends = append(l.ends, r.End)
+				l.mu.Unlock()
+			}
+		case r.Truncate:
+			c.kind, c.off, c.n = crashGrow, 0, r.N
+		}
+		recs = append(recs, c)
+	}
+	slices.SortStableFunc(recs, func(a, b crashRec) int { return a.begin - b.begin })
+	return &Recorder{log: l, id: l.add(NewMem(0), recs)}
 }
 
 func copyDevice(dst *Mem, src Device) error {
@@ -82,12 +130,7 @@ func allZero(p []byte) bool {
 }
 
 // Now returns the clock: everything acknowledged before the call has a smaller time.
-func (l *CrashLog) Now() int {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	l.clock++
-	return l.clock
-}
+func (l *CrashLog) Now() int { return int(l.clock.Add(1)) }
 
 // FlushEnds returns the times just after each flush that succeeded, of any device.
 func (l *CrashLog) FlushEnds() []int {
@@ -102,8 +145,7 @@ func (l *CrashLog) begin(dev int, r crashRec) int {
 	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	l.clock++
-	r.begin = l.clock
+	r.begin = l.Now()
 	l.recs[dev] = append(l.recs[dev], r)
 	return len(l.recs[dev]) - 1
 }
@@ -114,80 +156,10 @@ func (l *CrashLog) done(dev, i int, err error) {
 	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	l.clock++
-	l.recs[dev][i].end = l.clock
-	if l.recs[dev][i].flush {
-		l.ends = append(l.ends, l.clock)
-	}
-}
-
-// A CrashMode says what becomes of writes that no flush covers.
-type CrashMode int
-
-const (
-	CrashKeep   CrashMode = iota // all kept
-	CrashLose                    // all lost
-	CrashRandom                  // each kept or lost by chance, which also reorders them
-	CrashTorn                    // each unit of each write kept or lost by chance
-)
-
-func (m CrashMode) String() string {
-	return [...]string{"keep", "lose", "random", "torn"}[m]
-}
-
-// Image builds the contents of r's device as a power cut at time cut may leave them. gran is
-// the unit, in bytes, that the medium writes as a whole (CrashTorn); rng decides what is kept.
-func (l *CrashLog) Image(r *Recorder, cut int, mode CrashMode, gran int64, rng *rand.Rand) *Mem {
-	l.mu.Lock()
-	recs, size := l.recs[r.id], l.size[r.id]
-	base := l.base[r.id]
-	l.mu.Unlock()
-	m := base.Clone()
-	if size > m.size {
-		m.size = size // growth is durable at once; new bytes are zero until written
-	}
-	// durableBefore: writes that ended before this time are certain.
-	durableBefore := 0
-	for _, f := range recs {
-		if f.flush && f.end != 0 && f.end <= cut {
-			durableBefore = max(durableBefore, f.begin)
-		}
-	}
-	for _, w := range recs {
-		if w.flush || w.begin > cut {
-			continue
-		}
-		certain := w.end != 0 && w.end < durableBefore
-		switch {
-		case certain || mode == CrashKeep:
-			w.apply(m, 0, w.n)
-		case mode == CrashLose:
-		case mode == CrashRandom:
-			if rng.IntN(2) == 0 {
-				w.apply(m, 0, w.n)
-			}
-		case mode == CrashTorn:
-			for o := int64(0); o < w.n; {
-				c := min(gran-(w.off+o)%gran, w.n-o)
-				if rng.IntN(2) == 0 {
-					w.apply(m, o, c)
-				}
-				o += c
-			}
-		}
-	}
-	return m
-}
-
-func (w *crashRec) apply(m *Mem, o, n int64) {
-	var err error
-	if w.data == nil {
-		err = m.WriteZeroes(w.off+o, n, false)
-	} else {
-		_, err = m.WriteAt(w.data[o:o+n], w.off+o)
-	}
-	if err != nil {
-		panic(fmt.Sprintf("crash image: %v", err))
+	r := &l.recs[dev][i]
+	r.end = l.Now()
+	if r.kind == crashFlush {
+		l.ends = append(l.ends, r.end)
 	}
 }
 
@@ -197,6 +169,26 @@ type Recorder struct {
 	forward
 	log *CrashLog
 	id  int
+}
+
+// Forget makes what was written so far and is not certain yet be lost at any cut, or kept, as
+// chance will have it, whatever is flushed later: what Linux does with dirty pages when a sync has
+// failed.
+func (r *Recorder) Forget() {
+	l := r.log
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	durable := 0
+	for _, f := range l.recs[r.id] {
+		if f.kind == crashFlush && f.end != 0 {
+			durable = max(durable, f.begin)
+		}
+	}
+	for i := range l.recs[r.id] {
+		if w := &l.recs[r.id][i]; w.end == 0 || w.end >= durable {
+			w.lost = true
+		}
+	}
 }
 
 func (r *Recorder) WriteAt(p []byte, off int64) (int, error) {
@@ -213,7 +205,7 @@ func (r *Recorder) WriteAt(p []byte, off int64) (int, error) {
 }
 
 func (r *Recorder) Flush() error {
-	i := r.log.begin(r.id, crashRec{flush: true})
+	i := r.log.begin(r.id, crashRec{kind: crashFlush})
 	err := r.Device.Flush()
 	r.log.done(r.id, i, err)
 	return err
@@ -237,12 +229,13 @@ func (r *Recorder) WriteZeroes(off, n int64, keepAllocated bool) error {
 	return r.zero(off, n, func() error { return r.forward.WriteZeroes(off, n, keepAllocated) })
 }
 
+// Resize records growth. Bytes that are cut off stay in the images.
 func (r *Recorder) Resize(sizeBytes int64) error {
-	if err := r.forward.Resize(sizeBytes); err != nil {
-		return err
+	if sizeBytes <= r.Size() {
+		return r.forward.Resize(sizeBytes)
 	}
-	r.log.mu.Lock()
-	defer r.log.mu.Unlock()
-	r.log.size[r.id] = max(r.log.size[r.id], sizeBytes)
-	return nil
+	i := r.log.begin(r.id, crashRec{kind: crashGrow, n: sizeBytes})
+	err := r.forward.Resize(sizeBytes)
+	r.log.done(r.id, i, err)
+	return err
 }
