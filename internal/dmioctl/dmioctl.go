@@ -79,6 +79,12 @@ type Info struct {
 // Suspended reports whether the device holds back its I/O.
 func (i Info) Suspended() bool { return i.Flags&unix.DM_SUSPEND_FLAG != 0 }
 
+// ReadOnly reports whether the device refuses writes.
+func (i Info) ReadOnly() bool { return i.Flags&unix.DM_READONLY_FLAG != 0 }
+
+// Live reports whether the device has a live table.
+func (i Info) Live() bool { return i.Flags&unix.DM_ACTIVE_PRESENT_FLAG != 0 }
+
 // Node is the path of the device node that devtmpfs makes.
 func (i Info) Node() string { return fmt.Sprintf("/dev/dm-%d", unix.Minor(i.Dev)) }
 
@@ -308,8 +314,9 @@ func (c *Control) List() (map[string]uint64, error) {
 }
 
 // Activate creates a device with a table and resumes it. If the table is refused nothing is left.
-func (c *Control) Activate(name string, readOnly bool, table ...Target) (Info, error) {
-	info, err := c.Create(name, "")
+// uuid may be empty.
+func (c *Control) Activate(name, uuid string, readOnly bool, table ...Target) (Info, error) {
+	info, err := c.Create(name, uuid)
 	if err != nil {
 		return Info{}, err
 	}
@@ -326,13 +333,52 @@ func (c *Control) Activate(name string, readOnly bool, table ...Target) (Info, e
 	return info, nil
 }
 
-// Reload replaces the live table of a device: load, suspend, resume.
-func (c *Control) Reload(name string, readOnly bool, table ...Target) error {
+// Reload replaces the live table of a device: load, suspend, resume. I/O is held back meanwhile,
+// with noFlush also what a target has queued; a file system on the device is not frozen with
+// skipFreeze. If the suspend or the resume fails, the device goes on with its old table where the
+// kernel lets it.
+func (c *Control) Reload(name string, readOnly, skipFreeze, noFlush bool, table ...Target) error {
 	if err := c.Load(name, readOnly, table...); err != nil {
 		return err
 	}
-	if err := c.Suspend(name, false, false); err != nil {
-		return err
+	if err := c.Suspend(name, skipFreeze, noFlush); err != nil {
+		return errors.Join(err, c.Clear(name))
 	}
-	return c.Resume(name)
+	err := c.Resume(name)
+	if err != nil {
+		// A target that refuses to be resumed leaves the device suspended, with the new table in
+		// the live slot or still in the inactive one.
+		if clearErr := c.Clear(name); clearErr == nil {
+			if again := c.Resume(name); again != nil {
+				err = errors.Join(err, again)
+			}
+		}
+	}
+	return err
+}
+
+// Clear drops the table of the inactive slot. It is fine if there is none.
+func (c *Control) Clear(name string) error {
+	_, _, err := c.do(request{op: "clear", code: unix.DM_TABLE_CLEAR, name: name})
+	return err
+}
+
+// CancelRemove takes back a deferred removal. It is fine if there is none.
+func (c *Control) CancelRemove(name string) error {
+	_, err := c.Message(name, "@cancel_deferred_remove")
+	return err
+}
+
+// TargetVersion returns the version of a target type; the kernel loads its module if it can. EINVAL
+// if there is no such target.
+func (c *Control) TargetVersion(target string) (major, minor, patch uint32, err error) {
+	_, data, err := c.do(request{op: "version of target", code: unix.DM_GET_TARGET_VERSION, name: target, answer: true})
+	if err != nil {
+		return 0, 0, 0, err
+	}
+	if len(data) < 16 { // next, then the three numbers
+		return 0, 0, 0, fmt.Errorf("dm version of target %q: an answer of %d bytes", target, len(data))
+	}
+	le := binary.LittleEndian
+	return le.Uint32(data[4:]), le.Uint32(data[8:]), le.Uint32(data[12:]), nil
 }

@@ -33,7 +33,7 @@ func open(t *testing.T) *Control {
 // activate makes a device that goes with the test.
 func activate(t *testing.T, c *Control, name string, table ...Target) Info {
 	t.Helper()
-	info, err := c.Activate(name, false, table...)
+	info, err := c.Activate(name, "", false, table...)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -78,7 +78,7 @@ func TestDevices(t *testing.T) {
 	_, err = c.Info("none")
 	wantErr(t, err, unix.ENXIO)
 	wantErr(t, c.Remove("none", false), unix.ENXIO)
-	_, err = c.Activate("bad", false, Target{Length: 8, Type: "no-such-target"})
+	_, err = c.Activate("bad", "", false, Target{Length: 8, Type: "no-such-target"})
 	wantErr(t, err, unix.EINVAL)
 	if _, err = c.Info("bad"); !errors.Is(err, unix.ENXIO) {
 		t.Errorf("a device with a refused table was left behind: %v", err)
@@ -186,7 +186,7 @@ func TestThinPool(t *testing.T) {
 	wantErr(t, c.DeleteThin("pool", 1), unix.EBUSY)
 
 	pool.LengthSectors = sectors
-	if err := c.Reload("pool", false, pool.Target()); err != nil {
+	if err := c.Reload("pool", false, false, false, pool.Target()); err != nil {
 		t.Fatal(err)
 	}
 	if s, err = c.PoolStatus("pool"); err != nil || s.DataSize != 1024 {

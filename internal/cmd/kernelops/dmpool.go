@@ -37,12 +37,12 @@ func activate(job crossing.Job) (*dmPool, error) {
 		return nil, err
 	}
 	p := &dmPool{dm: dm, job: job, dataBytes: job.DataBytes, active: map[uint32]bool{}}
-	p.meta, err = dm.Activate(metaName, false, dmioctl.LinearTarget(job.Metadata, 0, uint64(job.MetadataBytes/crossing.SectorSize)))
+	p.meta, err = dm.Activate(metaName, "", false, dmioctl.LinearTarget(job.Metadata, 0, uint64(job.MetadataBytes/crossing.SectorSize)))
 	if err != nil {
 		dm.Close()
 		return nil, err
 	}
-	if p.pool, err = dm.Activate(poolName, false, p.table()); err != nil {
+	if p.pool, err = dm.Activate(poolName, "", false, p.table()); err != nil {
 		dm.Remove(metaName, false)
 		dm.Close()
 		return nil, err
@@ -113,21 +113,21 @@ func (p *dmPool) Commit() error {
 
 func (p *dmPool) GrowData(sizeBytes int64) error {
 	p.dataBytes = sizeBytes
-	return p.dm.Reload(poolName, false, p.table())
+	return p.dm.Reload(poolName, false, false, false, p.table())
 }
 
 func (p *dmPool) GrowMetadata(sizeBytes int64) error {
 	if err := p.dm.Suspend(poolName, false, false); err != nil {
 		return err
 	}
-	err := p.dm.Reload(metaName, false, dmioctl.LinearTarget(p.job.Metadata, 0, uint64(sizeBytes/crossing.SectorSize)))
+	err := p.dm.Reload(metaName, false, false, false, dmioctl.LinearTarget(p.job.Metadata, 0, uint64(sizeBytes/crossing.SectorSize)))
 	return errors.Join(err, p.dm.Resume(poolName)) // a resume takes the new size
 }
 
 func (p *dmPool) Open(id uint32, sizeBytes int64) (crossing.Thin, error) {
 	if !p.active[id] {
 		table := dmioctl.ThinTarget(p.pool.Node(), id, uint64(sizeBytes/crossing.SectorSize), "")
-		if _, err := p.dm.Activate(thinName(id), false, table); err != nil {
+		if _, err := p.dm.Activate(thinName(id), "", false, table); err != nil {
 			return nil, err
 		}
 		p.active[id] = true
