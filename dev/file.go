@@ -15,8 +15,11 @@ type OpenOptions struct {
 	ReadOnly bool
 	// Lock takes the one-opener lock on the descriptor that does the I/O: flock, and O_EXCL on
 	// block devices. It does not wait; who is refused gets ErrLocked. The lock ends with Close,
-	// or with the last request in flight if the process is killed.
+	// or with the last request in flight if the process is killed. A file under a loop device is
+	// refused too: the kernel reads and writes it, whoever attached it.
 	Lock bool
+	// LoopOK allows a loop device on the file: the kernel engine's own.
+	LoopOK bool
 }
 
 // A File is a regular file as a device: pread, pwrite, fdatasync, fallocate on one descriptor.
@@ -102,6 +105,9 @@ func newFile(path string, fd int, o OpenOptions) (*File, error) {
 	}
 	if err == nil && o.Lock {
 		err = lockFd(fd, path)
+	}
+	if err == nil && o.Lock && !o.LoopOK {
+		err = loopHolder(path, &st)
 	}
 	if err != nil {
 		unix.Close(fd)

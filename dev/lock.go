@@ -122,3 +122,25 @@ func blockHolder(path string, rdev uint64) *LockedError {
 	}
 	return e
 }
+
+// loopHolder returns a *LockedError if a loop device is on the file: its contents belong to the
+// kernel then. sysfs tells the path of each one's file.
+func loopHolder(path string, st *unix.Stat_t) error {
+	list, _ := filepath.Glob("/sys/block/loop*/loop/backing_file")
+	for _, f := range list {
+		b, err := os.ReadFile(f)
+		if err != nil {
+			continue // it has just gone
+		}
+		// Another file system's files are not asked: its server may be this process.
+		backing := strings.TrimSuffix(string(b), "\n")
+		if filepath.Base(backing) != filepath.Base(path) {
+			continue
+		}
+		var other unix.Stat_t
+		if unix.Stat(backing, &other) == nil && other.Dev == st.Dev && other.Ino == st.Ino {
+			return &LockedError{Path: path, By: "under loop device /dev/" + strings.Split(f, "/")[3]}
+		}
+	}
+	return nil
+}
