@@ -78,10 +78,14 @@ func Users(n int) UserList {
 	if err != nil {
 		return nil
 	}
+	return UsersOf(dev, "/dev/loop"+strconv.Itoa(n))
+}
+
+// UsersOf is Users for any block device: its number and the path of its node.
+func UsersOf(dev uint64, node string) UserList {
 	id := fmt.Sprintf("%d:%d", unix.Major(dev), unix.Minor(dev))
-	node := "/dev/loop" + strconv.Itoa(n)
 	var list UserList
-	if holders, err := os.ReadDir(sysfs(n) + "/holders"); err == nil {
+	if holders, err := os.ReadDir("/sys/dev/block/" + id + "/holders"); err == nil {
 		for _, h := range holders {
 			list = append(list, User{Holder: h.Name()})
 		}
