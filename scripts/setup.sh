@@ -42,6 +42,7 @@ tests    attr                     /usr/bin/setfattr                    extended 
 tests    gcc                      /usr/bin/gcc                         go test -race
 tests    libc6-dev                /usr/include/stdlib.h                go test -race
 tests    xz-utils                 /usr/bin/xz                          kernel modules
+vm       lvm2                     /sbin/lvm                            thin pools that LVM manages
 vm       busybox-static           /bin/busybox                         user space of the test machine
 vm       qemu-system-x86          /usr/bin/qemu-system-x86_64          the test machine (10 or later, from backports)
 '
