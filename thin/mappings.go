@@ -145,6 +145,10 @@ func (m *Metadata) AllocData(hint DataBlock, want uint64) (run DataRun, ok bool)
 	return DataRun{DataBlock(b), n}, n > 0
 }
 
+// TakeData reserves one given data block and reports whether it was free: for who knows from
+// elsewhere what a block holds.
+func (m *Metadata) TakeData(b DataBlock) bool { return m.data.Take(uint64(b)) }
+
 // UnreserveData gives reserved blocks back that were never mapped; they are free at once.
 func (m *Metadata) UnreserveData(r DataRun) { m.data.Unreserve(uint64(r.Begin), r.Len) }
 

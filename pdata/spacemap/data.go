@@ -147,6 +147,18 @@ func (d *Data) Unreserve(begin, n uint64) {
 	}
 }
 
+// Take reserves block b if it is free, and reports whether it was.
+func (d *Data) Take(b uint64) bool {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if b >= d.c.Len() || d.c.st[b] != 0 {
+		return false
+	}
+	d.c.st[b] = stReserved
+	d.c.reserved++
+	return true
+}
+
 // Thaw makes frozen blocks free, after the commit that freed them and whatever else had to
 // come before.
 func (d *Data) Thaw(begin, n uint64) {
