@@ -160,11 +160,11 @@ func group(id string, list ...*cobra.Command) []*cobra.Command {
 // commands lists every command of the program.
 func commands() []*cobra.Command {
 	return slices.Concat(
-		group("daemon", newServeCmd(), newShutdownCmd(), newStatusCmd(), newEventsCmd()),
+		group("daemon", newServeCmd(), newShutdownCmd(), newStatusCmd(), newTopCmd(), newEventsCmd()),
 		group("everyday", newImageCmd(), newCreateCmd(), newMountCmd(), newUmountCmd(), newAttachCmd(), newDetachCmd(),
 			newSnapshotCmd(), newRollbackCmd(), newForkCmd(), newCommitCmd(), newDiffCmd(), newResizeCmd(),
 			newLsCmd(), newInspectCmd(), newRmCmd(), newDfCmd()),
-		group("pools", newPoolCmd(), newThinCmd()),
+		group("pools", newPoolCmd(), newThinCmd(), newBenchCmd()),
 		group("", newVersionCmd(), newCompletionCmd(), newHolderCmd(), newHelperCmd(), newManCmd()),
 	)
 }
