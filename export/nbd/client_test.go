@@ -68,6 +68,12 @@ func greet(nc net.Conn, flags uint32) (*tclient, error) {
 	return c, err
 }
 
+// newTClient speaks over a connection that was greeted already.
+func newTClient(nc net.Conn) *tclient {
+	nc.SetDeadline(time.Now().Add(30 * time.Second))
+	return &tclient{nc: nc, r: bufio.NewReaderSize(nc, 1<<20)}
+}
+
 func (c *tclient) Close() { c.nc.Close() }
 
 func (c *tclient) sendOption(opt uint32, data []byte) error {

@@ -1,6 +1,8 @@
 // Package nbd serves block devices over the Network Block Device protocol: fixed newstyle
 // handshake, several named exports per server, structured replies, block status, trim, write
-// zeroes, forced unit access, several connections per export. It listens on Unix sockets only.
+// zeroes, forced unit access, several connections per export. It listens on Unix sockets, and on
+// TCP where it is told to: on a loopback address, or anywhere with TLS and certificates of both
+// sides.
 //
 // # Which goroutine does what
 //
@@ -18,6 +20,15 @@
 // together, beyond which every connection may still have one task with a buffer (of 2 MiB at
 // most). A reader whose tasks use that up stops reading. Connections share nothing else but the
 // device: one that stalls, in either direction, holds up no other.
+//
+// # TCP and TLS
+//
+// With TLS (x509 only, 1.2 or later) a client must send STARTTLS before anything else and show a
+// certificate; the server never falls back to plain text and never offers a choice. Without TLS
+// only loopback addresses are listened on and answered. An export is seen over TCP only if it
+// says so. Handshakes over TCP are bounded: in time, in number, and to 8 KiB an option before
+// TLS; strangers write at most one line a second into the log. TLS takes 192 KiB more while a
+// reply is sent; in flight it costs one copy and the encryption.
 //
 // Requests of one connection that are in flight together are served and answered in any order,
 // as the protocol allows; overlapping ones are not ordered. A buffer is never reused before the

@@ -24,7 +24,9 @@ var (
 
 // ExportOptions say how a device is exported.
 type ExportOptions struct {
-	ReadOnly    bool
+	ReadOnly bool
+	// Network: clients that come through ListenTCP see it too. Others are only seen on Unix sockets.
+	Network     bool
 	Description string // shown to people by clients that list exports
 	// CloseDevice closes the device once the export was removed or the server closed, and its
 	// last connection has ended; it does not flush it. Otherwise the server never closes a device.
@@ -45,6 +47,7 @@ type export struct {
 	name        string
 	description string
 	readOnly    bool
+	network     bool
 	closeDevice bool
 	d           dev.Device
 	preferred   uint32 // block size in bytes
@@ -66,7 +69,7 @@ func newExport(name string, d dev.Device, o ExportOptions) (*export, error) {
 	if n := d.Size(); n < 0 || n%minBlock != 0 {
 		return nil, fmt.Errorf("export %q: size of %d bytes is not a multiple of %d", name, n, minBlock)
 	}
-	e := &export{name: name, description: o.Description, readOnly: o.ReadOnly, closeDevice: o.CloseDevice,
+	e := &export{name: name, description: o.Description, readOnly: o.ReadOnly, network: o.Network, closeDevice: o.CloseDevice,
 		d: d, preferred: 4096}
 	e.discarder, _ = d.(dev.Discarder)
 	e.zeroer, _ = d.(dev.Zeroer)

@@ -33,6 +33,12 @@ type handshake struct {
 	table    exportTable
 	noZeroes bool
 
+	// upgrade starts TLS on the connection and returns what to go on with; nil: there is no TLS
+	// here. If it is set, nothing but STARTTLS and ABORT is served before it was called: the
+	// protocol's FORCEDTLS. There is no mode in which the client chooses.
+	upgrade func() (io.ReadWriter, error)
+	secure  bool // it was called
+
 	structured bool
 	metaName   string // export name of the last SET_META_CONTEXT
 	metaSet    bool   // it selected base:allocation
@@ -65,6 +71,12 @@ func (h *handshake) run() (*export, terms, error) {
 			return nil, terms{}, err
 		}
 		h.out = h.out[:0]
+		if opt == optStartTLS && len(data) == 0 && h.upgrade != nil && !h.secure {
+			if err := h.startTLS(); err != nil {
+				return nil, terms{}, err
+			}
+			continue
+		}
 		e, t, err := h.option(opt, data)
 		if len(h.out) > 0 {
 			if _, werr := h.rw.Write(h.out); err == nil {
@@ -88,8 +100,12 @@ func (h *handshake) readOption() (uint32, []byte, error) {
 		return 0, nil, fmt.Errorf("option magic 0x%016x, want 0x%016x", m, uint64(magicOption))
 	}
 	opt, n := binary.BigEndian.Uint32(b[8:]), binary.BigEndian.Uint32(b[12:])
-	if n > maxOption {
-		return 0, nil, fmt.Errorf("option %d with %d bytes of data, longest is %d", opt, n, maxOption)
+	longest := uint32(maxOption)
+	if h.plain() {
+		longest = maxPlain
+	}
+	if n > longest {
+		return 0, nil, fmt.Errorf("option %d with %d bytes of data, longest is %d", opt, n, longest)
 	}
 	data := make([]byte, n)
 	if _, err := io.ReadFull(h.rw, data); err != nil {
@@ -98,11 +114,40 @@ func (h *handshake) readOption() (uint32, []byte, error) {
 	return opt, data, nil
 }
 
+// plain tells whether the client must start TLS first.
+func (h *handshake) plain() bool { return h.upgrade != nil && !h.secure }
+
+// startTLS answers STARTTLS and goes on in TLS. Nothing that was sent before counts afterwards;
+// what the client sent together with the option, in the clear, is not TLS and ends it.
+func (h *handshake) startTLS() error {
+	h.reply(optStartTLS, repAck, nil)
+	if _, err := h.rw.Write(h.out); err != nil {
+		return err
+	}
+	rw, err := h.upgrade()
+	if err != nil {
+		return fmt.Errorf("TLS: %w", err)
+	}
+	h.rw, h.secure = rw, true
+	return nil
+}
+
 // option serves one option: replies go to h.out. A non-nil export ends the handshake well.
 func (h *handshake) option(opt uint32, data []byte) (*export, terms, error) {
 	if opt == optAbort {
 		h.reply(opt, repAck, nil)
 		return nil, terms{}, errGoodbye
+	}
+	if h.plain() {
+		switch opt {
+		case optExportName: // which has no error reply
+			return nil, terms{}, errors.New("the client asked for an export without TLS")
+		case optStartTLS: // with data
+			h.replyErr(opt, repErrInvalid, "option takes no data")
+		default:
+			h.replyErr(opt, repErrTLSReqd, "start TLS first")
+		}
+		return nil, terms{}, nil
 	}
 	if opt == optExportName {
 		return h.exportName(data)
@@ -125,7 +170,13 @@ func (h *handshake) option(opt uint32, data []byte) (*export, terms, error) {
 		h.reply(opt, repAck, nil)
 	case optListMetaContext, optSetMetaContext:
 		h.metaContext(opt, data)
-	default: // STARTTLS is among them: there is no TLS on a Unix socket
+	case optStartTLS:
+		if h.secure {
+			h.replyErr(opt, repErrInvalid, "TLS was started already")
+			break
+		}
+		fallthrough // there is none here
+	default:
 		h.replyErr(opt, repErrUnsup, fmt.Sprintf("option %d is not supported", opt))
 	}
 	return nil, terms{}, nil

@@ -639,10 +639,10 @@ func TestListen(t *testing.T) {
 	}
 }
 
-func TestServeTakesUnixSocketsOnly(t *testing.T) {
+func TestServeTakesNoForeignTCPListener(t *testing.T) {
 	s := NewServer(Options{Log: quiet})
 	defer s.Close()
-	if err := s.Serve(fakeTCP{}); err == nil || !strings.Contains(err.Error(), "only Unix") {
+	if err := s.Serve(fakeTCP{}); err == nil || !strings.Contains(err.Error(), "only Unix sockets and listeners of ListenTCP") {
 		t.Errorf("got %v", err)
 	}
 }

@@ -43,3 +43,14 @@ func sendmsg(fd int, iov []unix.Iovec) (int, syscall.Errno) {
 	n, _, errno := syscall.Syscall(unix.SYS_SENDMSG, uintptr(fd), uintptr(unsafe.Pointer(&h)), unix.MSG_DONTWAIT|unix.MSG_NOSIGNAL)
 	return int(n), errno
 }
+
+// readable tells whether a receive would not wait: data, the end of the stream, or an error.
+func readable(fd int) bool {
+	var b byte
+	for {
+		_, _, errno := syscall.Syscall6(unix.SYS_RECVFROM, uintptr(fd), uintptr(unsafe.Pointer(&b)), 1, unix.MSG_DONTWAIT|unix.MSG_PEEK, 0, 0)
+		if errno != unix.EINTR {
+			return errno != unix.EAGAIN
+		}
+	}
+}

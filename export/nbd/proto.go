@@ -44,6 +44,7 @@ const (
 
 	repErrUnsup    = 1<<31 + 1
 	repErrInvalid  = 1<<31 + 3
+	repErrTLSReqd  = 1<<31 + 5
 	repErrUnknown  = 1<<31 + 6
 	repErrShutdown = 1<<31 + 7
 	repErrTooBig   = 1<<31 + 9
@@ -123,6 +124,7 @@ const (
 	minBlock      = 512      // smallest request, and unit of offsets and lengths
 	maxPayload    = 32 << 20 // longest read or write
 	maxOption     = 64 << 10 // longest option data; anything longer ends the connection
+	maxPlain      = 8 << 10  // the same, before the TLS that a client must start
 	maxString     = 4096     // longest export name, description, query, message
 	maxMetaQuery  = 64       // queries of one LIST/SET_META_CONTEXT
 	legacyPadding = 124      // zeros after the reply to EXPORT_NAME without NO_ZEROES

@@ -21,6 +21,8 @@ import (
 // Options of a server. The zero value serves well.
 type Options struct {
 	MaxConnections   int           // of all exports together; more are closed at once. 0: 256
+	MaxNetwork       int           // of those, over TCP. 0: half of MaxConnections
+	MaxHandshakes    int           // of those over TCP, that have not reached an export; the oldest goes. 0: 64
 	Workers          int           // per connection, for requests that wait. 0: 16, at least 5
 	MaxBuffer        int           // bytes, for requests that wait, of all connections. 0: 32 MiB
 	HandshakeTimeout time.Duration // for the whole handshake. 0: 10 s
@@ -28,7 +30,7 @@ type Options struct {
 	Log              *slog.Logger  // nil: slog.Default()
 }
 
-// A Server serves exports on Unix sockets. Safe for concurrent use.
+// A Server serves exports on Unix sockets and, where told to, over TCP. Safe for concurrent use.
 //
 // Goroutines: one per Serve, one per connection (handshake, then conn.run), the workers of each
 // connection. Close ends all of them.
@@ -42,7 +44,9 @@ type Server struct {
 	exports   map[string]*export
 	listeners map[net.Listener]struct{}
 	conns     map[*client]struct{}
-	path      string // socket of the last Listen or Serve
+	path      string       // socket of the last Listen or Serve
+	tcp       *tcpListener // of the last ListenTCP
+	refused   ration       // of log lines about connections from the network
 	closed    bool
 	closeDone chan struct{} // closed when Close has returned
 }
@@ -50,8 +54,11 @@ type Server struct {
 // A client is one accepted connection, from its handshake on.
 type client struct {
 	nc   net.Conn
-	c    *conn   // nil during the handshake; guarded by Server.mu
-	e    *export // entered; guarded by Server.mu
+	ln   *tcpListener // nil: a Unix socket
+	at   time.Time    // accepted
+	cut  bool         // its handshake was ended to make room; guarded by Server.mu
+	c    *conn        // nil during the handshake; guarded by Server.mu
+	e    *export      // entered; guarded by Server.mu
 	done chan struct{}
 }
 
@@ -59,6 +66,12 @@ type client struct {
 func NewServer(o Options) *Server {
 	if o.MaxConnections <= 0 {
 		o.MaxConnections = 256
+	}
+	if o.MaxNetwork <= 0 {
+		o.MaxNetwork = (o.MaxConnections + 1) / 2
+	}
+	if o.MaxHandshakes <= 0 {
+		o.MaxHandshakes = 64
 	}
 	if o.Workers <= 0 {
 		o.Workers = defaultWorkers
@@ -149,9 +162,10 @@ func (e *export) close(ctx context.Context) error {
 }
 
 // Exports lists the exports by name.
-func (s *Server) Exports() []ExportInfo { return s.list() }
+func (s *Server) Exports() []ExportInfo { return s.list(false) }
 
-func (s *Server) list() []ExportInfo {
+// list lists the exports, or those that the network sees.
+func (s *Server) list(network bool) []ExportInfo {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	out := make([]ExportInfo, 0, len(s.exports))
@@ -160,6 +174,9 @@ func (s *Server) list() []ExportInfo {
 		n[cl.e]++
 	}
 	for _, e := range s.exports {
+		if network && !e.network {
+			continue
+		}
 		out = append(out, ExportInfo{Name: e.name, Description: e.description, SizeBytes: e.d.Size(),
 			ReadOnly: e.readOnly, Connections: n[e]})
 	}
@@ -167,11 +184,15 @@ func (s *Server) list() []ExportInfo {
 	return out
 }
 
-// URI is the address of an export for NBD clients: nbd+unix:///name?socket=path. It is "" until
-// Listen or Serve was called.
+// URI is the address of an export for NBD clients: nbd+unix:///name?socket=path, or for one that
+// is served over TCP nbd://host:port/name, with TLS nbds://host:port/name. It is "" as long as
+// nothing listens.
 func (s *Server) URI(name string) string {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	if e := s.exports[name]; s.tcp != nil && e != nil && e.network {
+		return s.tcp.scheme() + "://" + s.tcp.endpoint() + "/" + url.PathEscape(name)
+	}
 	if s.path == "" {
 		return ""
 	}
@@ -203,12 +224,14 @@ func (s *Server) Listen(path string) (net.Listener, error) {
 	return ln, nil
 }
 
-// Serve accepts connections until Close; then it returns nil. It takes Unix sockets only.
+// Serve accepts connections until Close; then it returns nil. It takes Unix sockets, and what
+// ListenTCP made.
 func (s *Server) Serve(ln net.Listener) error {
 	a := ln.Addr()
-	if a.Network() != "unix" {
+	tl, _ := ln.(*tcpListener)
+	if tl == nil && a.Network() != "unix" {
 		ln.Close()
-		return fmt.Errorf("serve on %s %s: only Unix sockets are served", a.Network(), a)
+		return fmt.Errorf("serve on %s %s: only Unix sockets and listeners of ListenTCP are served", a.Network(), a)
 	}
 	s.mu.Lock()
 	if s.closed {
@@ -216,7 +239,7 @@ func (s *Server) Serve(ln net.Listener) error {
 		ln.Close()
 		return ErrClosed
 	}
-	if s.path == "" {
+	if s.path == "" && tl == nil {
 		s.path = a.String()
 	}
 	s.listeners[ln] = struct{}{}
@@ -244,27 +267,85 @@ func (s *Server) Serve(ln net.Listener) error {
 			continue
 		}
 		wait = 0
-		s.accept(nc)
+		s.accept(nc, tl)
 	}
 }
 
 // accept starts a connection, or closes it where there are too many.
-func (s *Server) accept(nc net.Conn) {
-	cl := &client{nc: nc, done: make(chan struct{})}
+func (s *Server) accept(nc net.Conn, ln *tcpListener) {
+	cl := &client{nc: nc, ln: ln, at: time.Now(), done: make(chan struct{})}
 	s.mu.Lock()
-	n, closed := len(s.conns), s.closed
-	if n < s.o.MaxConnections && !closed {
-		s.conns[cl] = struct{}{}
-	}
-	s.mu.Unlock()
-	if closed || n >= s.o.MaxConnections {
-		if !closed {
-			s.log.Warn("connection refused", "connections", n, "limit", s.o.MaxConnections)
-		}
+	if s.closed {
+		s.mu.Unlock()
 		nc.Close()
 		return
 	}
-	go s.serveClient(cl)
+	err := s.roomLocked(cl)
+	if err == nil {
+		s.conns[cl] = struct{}{}
+		s.mu.Unlock()
+		go s.serveClient(cl)
+		return
+	}
+	n, log := s.refused.take()
+	s.mu.Unlock()
+	nc.Close()
+	if log {
+		s.log.Warn("connection refused", "error", err, "refused", n)
+	}
+}
+
+// roomLocked says why one more connection is too many, or nil. Those of the network have a limit
+// of their own, so that they leave room for others. Of those that have not reached an export the
+// oldest makes room for the new one: who just holds them open keeps nobody out.
+func (s *Server) roomLocked(cl *client) error {
+	if n := len(s.conns); n >= s.o.MaxConnections {
+		return fmt.Errorf("%d connections, the limit is %d", n, s.o.MaxConnections)
+	}
+	if cl.ln == nil {
+		return nil
+	}
+	if err := cl.ln.admits(cl.nc); err != nil {
+		return err
+	}
+	all, begun := 0, 0
+	var oldest *client
+	for c := range s.conns {
+		if c.ln == nil {
+			continue
+		}
+		all++
+		if c.e == nil && !c.cut {
+			begun++
+			if oldest == nil || c.at.Before(oldest.at) {
+				oldest = c
+			}
+		}
+	}
+	if all >= s.o.MaxNetwork {
+		return fmt.Errorf("%d connections over TCP, the limit is %d", all, s.o.MaxNetwork)
+	}
+	if begun >= s.o.MaxHandshakes {
+		oldest.cut = true
+		oldest.nc.SetDeadline(time.Unix(1, 0))
+	}
+	return nil
+}
+
+// A ration lets one line a second into the log, of what strangers can repeat at will.
+type ration struct {
+	last time.Time
+	n    int
+}
+
+// take counts one and tells whether to log now, and for how many.
+func (r *ration) take() (n int, log bool) {
+	r.n++
+	if time.Since(r.last) < time.Second {
+		return 0, false
+	}
+	n, r.last, r.n = r.n, time.Now(), 0
+	return n, true
 }
 
 // serveClient is one connection from handshake to end.
@@ -274,8 +355,16 @@ func (s *Server) serveClient(cl *client) {
 	cl.nc.Close()
 	s.mu.Lock()
 	delete(s.conns, cl)
+	stranger := cl.ln != nil && cl.c == nil
+	n, log := 1, err != nil && !errors.Is(err, io.EOF) && !errors.Is(err, errGoodbye)
+	if log && stranger {
+		n, log = s.refused.take()
+	}
 	s.mu.Unlock()
-	if err != nil && !errors.Is(err, io.EOF) && !errors.Is(err, errGoodbye) {
+	switch {
+	case log && stranger:
+		s.log.Warn("connection over TCP refused", "from", cl.nc.RemoteAddr().String(), "error", err, "refused", n)
+	case log:
 		s.log.Info("connection ended", "error", err)
 	}
 }
@@ -283,11 +372,24 @@ func (s *Server) serveClient(cl *client) {
 func (s *Server) converse(cl *client) error {
 	cl.nc.SetDeadline(time.Now().Add(s.o.HandshakeTimeout))
 	h := handshake{rw: cl.nc, table: clientTable{s, cl}}
+	var secure *tlsLink
+	if cl.ln != nil && cl.ln.tls != nil {
+		h.upgrade = func() (_ io.ReadWriter, err error) {
+			secure, err = startTLS(cl.nc, cl.ln.tls)
+			return secure, err
+		}
+	}
 	e, t, err := h.run()
 	if err != nil {
 		return err
 	}
-	l, err := newSock(cl.nc)
+	var l link
+	if secure != nil {
+		defer secure.goodbye()
+		l, err = secure, secure.transmit()
+	} else {
+		l, err = newSock(cl.nc)
+	}
 	if err != nil {
 		return err
 	}
@@ -318,24 +420,41 @@ func (t clientTable) closing() bool {
 func (t clientTable) lookup(name string) *export {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	return t.lookupLocked(name)
+	return t.lookupLocked(name, t.network())
 }
+
+func (t clientTable) list() []ExportInfo { return t.Server.list(t.network()) }
+
+// network: the client came over TCP.
+func (t clientTable) network() bool { return t.cl.ln != nil }
 
 func (t clientTable) enter(name string) *export {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	if t.closed {
+	if t.closed || t.cl.cut {
 		return nil
 	}
-	t.cl.e = t.lookupLocked(name)
+	t.cl.e = t.lookupLocked(name, t.network())
 	return t.cl.e
 }
 
-func (s *Server) lookupLocked(name string) *export {
+// lookupLocked finds an export by name; network: of those that the network sees. A single one
+// is the default.
+func (s *Server) lookupLocked(name string, network bool) *export {
 	e := s.exports[name]
-	if e == nil && name == "" && len(s.exports) == 1 {
-		for _, e = range s.exports {
+	if e == nil && name == "" {
+		n := 0
+		for _, x := range s.exports {
+			if !network || x.network {
+				e, n = x, n+1
+			}
 		}
+		if n != 1 {
+			return nil
+		}
+	}
+	if e == nil || network && !e.network {
+		return nil
 	}
 	return e
 }
