@@ -10,7 +10,7 @@ BIN := bin/mica
 TESTFLAGS := -p 2 -count=1 -timeout 60m
 PACKAGES ?= ./...
 
-.PHONY: all build demo undemo test race fuzz-short bench lint man setup clean
+.PHONY: all build demo undemo test race fuzz-short bench microbench lint man setup clean
 
 all: build
 
@@ -43,7 +43,16 @@ race: setup
 fuzz-short:
 	@scripts/fuzz-short.sh $(FUZZTIME)
 
+# mica beside its peers: tables on the terminal, and JSON, a page and drawings in BENCHOUT. cgo is for
+# the btrfs snapshotter of containerd, a peer. BENCHFLAGS="--only nbd --quick" and the like.
+BENCHOUT ?= bench-results
 bench:
+	@scripts/setup.sh build runtime bench
+	@CGO_ENABLED=1 $(GO) build -trimpath -o bin/mica-bench ./cmd/mica
+	@bin/mica-bench bench --out $(BENCHOUT) $(BENCHFLAGS)
+
+# The benchmarks beside the code, in the form that benchstat reads.
+microbench:
 	@$(GO) test -run '^$$' -bench . -benchmem -p 1 $(PACKAGES)
 
 lint:

@@ -1,7 +1,7 @@
 #!/bin/bash
 # Sees to it that this machine has what mica needs, and says in words what it lacks.
 #
-#   scripts/setup.sh [PURPOSE...]     PURPOSE: build runtime tests vm (default: all four)
+#   scripts/setup.sh [PURPOSE...]     PURPOSE: build runtime tests vm (default: these four), bench
 #   scripts/setup.sh --list           the packages by purpose, nothing else
 #   scripts/setup.sh --check [...]    say what is missing, install nothing, exit 1 if anything is
 #
@@ -43,6 +43,12 @@ tests    gcc                      /usr/bin/gcc                         go test -
 tests    libc6-dev                /usr/include/stdlib.h                go test -race
 tests    xz-utils                 /usr/bin/xz                          kernel modules
 vm       lvm2                     /sbin/lvm                            thin pools that LVM manages
+bench    fio                      /usr/bin/fio                         the load
+bench    nbdkit                   /usr/bin/nbdkit                      a peer of the NBD server
+bench    qemu-utils               /usr/bin/qemu-storage-daemon         peers: qemu-nbd, qemu-storage-daemon
+bench    btrfs-progs              /sbin/mkfs.btrfs                     a peer: the btrfs snapshotter of containerd
+bench    gcc                      /usr/bin/gcc                         the same (cgo)
+bench    libc6-dev                /usr/include/stdlib.h                the same
 vm       busybox-static           /bin/busybox                         user space of the test machine
 vm       qemu-system-x86          /usr/bin/qemu-system-x86_64          the test machine (10 or later, from backports)
 '
@@ -53,8 +59,8 @@ for arg in "$@"; do
 	case $arg in
 	--list) mode=list ;;
 	--check) mode=check ;;
-	build | runtime | tests | vm) purposes+=("$arg") ;;
-	*) die "unknown argument $arg (purposes: build runtime tests vm; options: --list --check)" ;;
+	build | runtime | tests | vm | bench) purposes+=("$arg") ;;
+	*) die "unknown argument $arg (purposes: build runtime tests vm bench; options: --list --check)" ;;
 	esac
 done
 [ ${#purposes[@]} -gt 0 ] || purposes=(build runtime tests vm)

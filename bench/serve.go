@@ -1,0 +1,128 @@
+package bench
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"os"
+	"path/filepath"
+	"runtime/pprof"
+	"time"
+
+	"mica/dev"
+	"mica/engine"
+	"mica/engine/user"
+	"mica/export"
+	"mica/export/fuse"
+	"mica/export/nbd"
+	"mica/thin"
+)
+
+// Serve is what a process serves that is measured: a plain file, or a thin device of a pool, as
+// a network or as a local block device.
+type Serve struct {
+	File string // or
+	Pool string
+	ID   thin.DevID
+	Size int64 // of the thin device, bytes
+
+	NBD   string   // Unix socket, or
+	Block string   // a directory for the mount point of FUSE and loop
+	Loop  []string // command that changes loop devices for this process
+
+	Profile string // where a profile of the processor time goes; ""
+}
+
+// Run serves until ctx ends or in is closed. When it serves it prints the address, one line.
+func (s Serve) Run(ctx context.Context, in io.Reader, out io.Writer) (err error) {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	go func() {
+		io.Copy(io.Discard, in)
+		cancel()
+	}()
+	if s.Profile != "" {
+		f, err := os.Create(s.Profile)
+		if err != nil {
+			return err
+		}
+		defer f.Close()
+		if err := pprof.StartCPUProfile(f); err != nil {
+			return err
+		}
+		defer pprof.StopCPUProfile()
+	}
+	d, closing, err := s.open(ctx)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, closing()) }()
+	if s.NBD != "" {
+		return s.serveNBD(ctx, d, out)
+	}
+	return s.serveBlock(ctx, d, out)
+}
+
+func (s Serve) open(ctx context.Context) (dev.Device, func() error, error) {
+	if s.File != "" {
+		d, err := dev.Open(s.File, dev.OpenOptions{})
+		if err != nil {
+			return nil, nil, err
+		}
+		return d, d.Close, nil
+	}
+	p, err := user.Open(ctx, user.Location{Dir: s.Pool}, user.Options{Logger: slog.New(slog.DiscardHandler)})
+	if err != nil {
+		return nil, nil, err
+	}
+	t, err := p.Open(ctx, s.ID, engine.OpenOptions{SizeBytes: s.Size})
+	if err != nil {
+		return nil, nil, errors.Join(err, p.Close())
+	}
+	return t, func() error { return errors.Join(t.Close(), p.Close()) }, nil
+}
+
+func (s Serve) serveNBD(ctx context.Context, d dev.Device, out io.Writer) error {
+	srv := nbd.NewServer(nbd.Options{})
+	if err := srv.AddExport("", d, nbd.ExportOptions{}); err != nil {
+		return err
+	}
+	ln, err := srv.Listen(s.NBD)
+	if err != nil {
+		return err
+	}
+	fmt.Fprintln(out, srv.URI(""))
+	stop := context.AfterFunc(ctx, func() { srv.Close() })
+	defer stop()
+	err = srv.Serve(ln)
+	if ctx.Err() != nil && (err == nil || errors.Is(err, net.ErrClosed)) {
+		err = nil
+	}
+	return errors.Join(err, srv.Close())
+}
+
+// detachWait bounds the wait for whoever has the node open at the end.
+const detachWait = 10 * time.Second
+
+func (s Serve) serveBlock(ctx context.Context, d dev.Device, out io.Writer) error {
+	run, err := filepath.Abs(s.Block)
+	if err != nil {
+		return err
+	}
+	e, err := fuse.New(fuse.Options{RunDir: run, HelperCommand: s.Loop, DetachWait: detachWait})
+	if err != nil {
+		return err
+	}
+	a, err := e.Attach(ctx, "bench", d, export.AttachOptions{})
+	if err != nil {
+		return errors.Join(err, e.Close())
+	}
+	fmt.Fprintln(out, a.Node())
+	<-ctx.Done()
+	end, cancel := context.WithTimeout(context.Background(), 2*detachWait)
+	defer cancel()
+	return errors.Join(a.Detach(end), e.Close())
+}

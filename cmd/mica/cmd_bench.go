@@ -1,0 +1,132 @@
+package main
+
+import (
+	"encoding/json"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"github.com/spf13/cobra"
+
+	"mica/bench"
+	"mica/daemon"
+	"mica/thin"
+)
+
+// newBenchCmd measures mica beside its peers.
+func newBenchCmd() *cobra.Command {
+	var o bench.Options
+	var out, report string
+	var asJSON bool
+	c := &cobra.Command{
+		Use:   "bench [--only PART,...] [--quick] [--out DIR]",
+		Short: "Measure mica beside its peers on this machine",
+		Long: "Measure mica beside what one would pick instead, in one run: the same work in turn, on files in\n" +
+			"memory (--memory) and on a real disk (--dir), several rounds of it. It takes about a quarter of an\n" +
+			"hour, root, and the peers (scripts/setup.sh bench installs them; 'make bench' does all of it).\n\n" +
+			"The tables are printed, and with --out written to DIR: results.json, performance.md and drawings.\n" +
+			"With --report nothing is measured: a results.json is printed, or written again with --out.\n\n" +
+			"Parts:\n\n" + partList(),
+		Example: `  mica bench --only nbd,block
+  mica bench --dir /var/tmp --out results
+  mica bench --report results/results.json --out docs`,
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			var res *bench.Result
+			var failed error
+			if report != "" {
+				b, err := os.ReadFile(report)
+				if err != nil {
+					return err
+				}
+				res = new(bench.Result)
+				if err := json.Unmarshal(b, res); err != nil {
+					return fmt.Errorf("%s: %w", report, err)
+				}
+			} else {
+				var err error
+				if o.Exe, err = os.Executable(); err != nil {
+					return err
+				}
+				o.Log = func(format string, args ...any) { fmt.Fprintf(cmd.ErrOrStderr(), format+"\n", args...) }
+				if res, failed = bench.Run(cmd.Context(), o); res == nil {
+					return usageError{failed}
+				}
+				res.Command = "mica " + strings.Join(os.Args[1:], " ")
+			}
+			if out != "" {
+				if err := bench.WriteReport(res, out); err != nil {
+					return err
+				}
+			}
+			if asJSON {
+				if err := printJSON(cmd.OutOrStdout(), res); err != nil {
+					return err
+				}
+			} else if err := bench.WriteText(cmd.OutOrStdout(), res); err != nil {
+				return err
+			}
+			return failed
+		},
+	}
+	c.Flags().StringSliceVar(&o.Only, "only", nil, "measure only these parts")
+	c.Flags().BoolVar(&o.Quick, "quick", false, "only show that it works: tiny devices, one round")
+	c.Flags().IntVar(&o.Rounds, "rounds", 3, "rounds of each job")
+	c.Flags().DurationVar(&o.Runtime, "runtime", 0, "how long a job runs (default 1s)")
+	sizeVar(c, &o.Size, "size", 0, "length of the devices (default 1G)")
+	c.Flags().StringVar(&o.Memory, "memory", "/dev/shm", "directory in memory")
+	c.Flags().StringVar(&o.Disk, "dir", "/var/tmp", "directory on a real disk; \"\" leaves those parts out")
+	c.Flags().StringVar(&out, "out", "", "write JSON, tables and drawings to this directory")
+	c.Flags().StringVar(&report, "report", "", "measure nothing, report this results.json")
+	c.Flags().StringVar(&o.Profile, "profile", "", "write profiles of mica's servers to this directory")
+	jsonFlag(c, &asJSON)
+	c.AddCommand(newBenchServeCmd())
+	return c
+}
+
+func partList() string {
+	var b strings.Builder
+	for _, p := range bench.PartNames() {
+		fmt.Fprintf(&b, "    %-10s %s\n", p[0], p[1])
+	}
+	return strings.TrimSuffix(b.String(), "\n")
+}
+
+// newBenchServeCmd is the role of a server that is measured.
+func newBenchServeCmd() *cobra.Command {
+	var s bench.Serve
+	var id uint32
+	c := &cobra.Command{
+		Use:    "serve --nbd SOCKET | --block DIR  --file FILE | --pool DIR --id N --size N",
+		Short:  "Serve a device that is measured",
+		Hidden: true,
+		Args:   cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			daemon.SetName("mica-bench")
+			exe, err := os.Executable()
+			if err != nil {
+				return err
+			}
+			s.ID, s.Loop = thin.DevID(id), []string{exe, "helper", "loop"}
+			if s.NBD != "" {
+				if s.NBD, err = filepath.Abs(s.NBD); err != nil {
+					return err
+				}
+			}
+			return s.Run(cmd.Context(), cmd.InOrStdin(), cmd.OutOrStdout())
+		},
+	}
+	c.Flags().StringVar(&s.NBD, "nbd", "", "serve on this Unix socket")
+	c.Flags().StringVar(&s.Block, "block", "", "serve a block device, with this directory for its mount point")
+	c.Flags().StringVar(&s.File, "file", "", "what is served: a file")
+	c.Flags().StringVar(&s.Pool, "pool", "", "what is served: a thin device of the pool in this directory")
+	c.Flags().Uint32Var(&id, "id", 0, "the thin device")
+	sizeVar(c, &s.Size, "size", 0, "length of the thin device")
+	c.Flags().StringVar(&s.Profile, "cpuprofile", "", "write a profile of the processor time to this file")
+	c.MarkFlagsOneRequired("nbd", "block")
+	c.MarkFlagsOneRequired("file", "pool")
+	c.MarkFlagsMutuallyExclusive("nbd", "block")
+	c.MarkFlagsMutuallyExclusive("file", "pool")
+	return c
+}
