@@ -11,6 +11,10 @@ import (
 // superblock checks block 0 and reports whether it can be followed.
 func (c *checker) superblock() bool {
 	at := place{where: whereSuper, block: superblockAt}
+	if allZero(c.raw) {
+		c.fatal(at, "%s", noPool)
+		return false
+	}
 	if err := block.Verify(c.raw, superblockAt, block.Superblock); err != nil {
 		c.fatal(at, "%s", err.(*block.CorruptError).What)
 		return false

@@ -2,6 +2,7 @@ package thin
 
 import (
 	"encoding/binary"
+	"errors"
 	"flag"
 	"fmt"
 	"strings"
@@ -572,5 +573,23 @@ data: 6 of 25 blocks of 65536 bytes used by 13 mappings of 3 devices
 	}
 	if err := r.Err(); !strings.Contains(err.Error(), "1 fatal findings, 2 leaks, first: metadata block 63: mapping tree of thin 0") {
 		t.Errorf("error: %v", err)
+	}
+}
+
+// TestNoPool: a device that was never formatted is said to be that, not to be damaged.
+func TestNoPool(t *testing.T) {
+	mem := dev.NewMem(1 << 20)
+	if _, err := Open(mem, OpenOptions{}); !errors.Is(err, ErrNoPool) || errors.Is(err, ErrCorrupt) {
+		t.Errorf("open: %v", err)
+	}
+	if _, err := OpenView(mem); !errors.Is(err, ErrNoPool) {
+		t.Errorf("view: %v", err)
+	}
+	r, err := Check(mem, CheckOptions{})
+	if err != nil || r.Clean() || !strings.Contains(r.Err().Error(), "superblock: all zeros; make a pool with 'mica pool create'") {
+		t.Errorf("check: %v %v", r.Err(), err)
+	}
+	if _, err := Open(dev.NewMem(512), OpenOptions{}); err == nil || errors.Is(err, ErrNoPool) {
+		t.Errorf("open of half a block: %v", err)
 	}
 }

@@ -20,9 +20,14 @@ var (
 	ErrNeedsCheck = errors.New("needs check")
 	// ErrReadOnly: the metadata was opened read-only, or an operation on it has failed.
 	ErrReadOnly = dev.ErrReadOnly
+	// ErrNoPool: block 0 is all zeros, as on a device that was never formatted.
+	ErrNoPool = errors.New("no thin pool here: the superblock (metadata block 0) is " + noPool)
 	// ErrCorrupt: bytes on the metadata device are not what they must be.
 	ErrCorrupt = block.ErrCorrupt
 )
+
+// noPool is what an empty block 0 means, and what to do.
+const noPool = "all zeros; make a pool with 'mica pool create', or, if there was one, look for it with 'mica pool repair'"
 
 func checkID(id DevID) error {
 	if id > MaxDevID {

@@ -169,7 +169,7 @@ type OpenOptions struct {
 func Open(d dev.Device, o OpenOptions) (*Metadata, error) {
 	m := newMetadata(d, o.CacheBytes)
 	m.readOnly = o.ReadOnly
-	if err := block.ReadInto(d, m.committed, superblockAt, block.Superblock); err != nil {
+	if err := readSuperblock(d, m.committed); err != nil {
 		return nil, err
 	}
 	m.sb = DecodeSuperblock(m.committed)

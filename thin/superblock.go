@@ -2,8 +2,10 @@ package thin
 
 import (
 	"encoding/binary"
+	"errors"
 	"fmt"
 
+	"mica/dev"
 	"mica/pdata/block"
 	"mica/pdata/spacemap"
 )
@@ -106,6 +108,15 @@ func (s *Superblock) Encode(b []byte) {
 	le.PutUint32(b[352:], s.CompatFlags)
 	le.PutUint32(b[356:], s.CompatROFlags)
 	le.PutUint32(b[360:], s.IncompatFlags)
+}
+
+// readSuperblock reads and verifies block 0; ErrNoPool if it is all zeros.
+func readSuperblock(d dev.Device, buf []byte) error {
+	err := block.ReadInto(d, buf, superblockAt, block.Superblock)
+	if errors.Is(err, ErrCorrupt) && d.Size() >= block.Size && allZero(buf[:block.Size]) {
+		return ErrNoPool
+	}
+	return err
 }
 
 // Validate refuses what this code, or a kernel, must not open: another magic, unknown

@@ -52,7 +52,7 @@ const viewCacheBytes = 32 << 20
 // which stands still as long as it is held: MetadataSnap.
 func OpenView(d dev.Device) (*View, error) {
 	buf := make([]byte, block.Size)
-	if err := block.ReadInto(d, buf, superblockAt, block.Superblock); err != nil {
+	if err := readSuperblock(d, buf); err != nil {
 		return nil, err
 	}
 	sb := DecodeSuperblock(buf)
