@@ -18,6 +18,8 @@ var (
 	ErrExists = errors.New("attachment exists")
 	// ErrNotFound: there is no survivor of this name.
 	ErrNotFound = errors.New("no such attachment")
+	// ErrUnavailable: this host cannot export this way; the error says what is missing.
+	ErrUnavailable = errors.New("not available on this host")
 )
 
 // AttachOptions say how a device is exported.

@@ -16,12 +16,14 @@ import (
 	"strings"
 	"time"
 
+	"mica/export/node"
+
 	"golang.org/x/sys/unix"
 )
 
 var (
 	// ErrBusy: the device is mounted, open, or used by another block device. A *BusyError says by whom.
-	ErrBusy = errors.New("loop device busy")
+	ErrBusy = node.ErrBusy
 	// ErrNotBound: there is no such loop device, or it is not (or no longer) on the expected file.
 	ErrNotBound = errors.New("loop device not bound")
 	// ErrNotSynced: the device was detached, but what its last users had written through the page
@@ -222,7 +224,7 @@ func Detach(ctx context.Context, d Device, o DetachOptions) error {
 		}
 		// A mount or a stacked device does not go away by itself; a bare opener may.
 		who := Users(d.Number)
-		if time.Now().After(deadline) || who.settled() {
+		if time.Now().After(deadline) || who.Settled() {
 			return &BusyError{Node: d.Node, Users: who}
 		}
 		if err := sleep(ctx, pause); err != nil {
