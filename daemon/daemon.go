@@ -29,6 +29,9 @@ type Options struct {
 	// "helper loop".
 	Exe []string
 	Log *slog.Logger
+	// AcceptPool serves a pool and a catalog that are not of the same moment, because one of them
+	// was restored from a copy: see layer.Options.AcceptPool.
+	AcceptPool bool
 	// HostEnds tells that the host is shutting down; nil: process 1 tells.
 	HostEnds func() bool
 	// Ready, if not nil, is called when the API answers, with what there is to say about it.
@@ -132,7 +135,7 @@ func (d *daemon) open(ctx context.Context) error {
 		BaseSize: int64(d.c.Containers.BaseSize), FSType: d.c.Containers.FileSystem,
 		MountOptions: d.c.Containers.MountOptions, Discard: d.c.Containers.Discard,
 		HelperCommand: helper, HelperTimeout: time.Duration(d.c.Limits.HelperTimeout), StallTimeout: time.Duration(d.c.Limits.StallTimeout),
-		Logger: d.log,
+		AcceptPool: d.o.AcceptPool, Logger: d.log,
 	})
 	if err != nil {
 		return err

@@ -19,6 +19,7 @@ const self = "/proc/self/exe"
 
 func newServeCmd() *cobra.Command {
 	var root, run, file string
+	var accept bool
 	c := &cobra.Command{
 		Use:   "serve",
 		Short: "Run the daemon",
@@ -34,6 +35,11 @@ until the daemon is started again, also after kill -9. To take everything down f
 
 Several daemons can run on one host, each with its own --root and --run; the other commands
 find theirs by --run or MICA_RUN.
+
+The transaction id says whether pool and catalog are of the same moment. If one of the two was
+restored from a copy, the daemon opens read-only and says which of them is old. With
+--accept-pool it takes the pool as it is, once: what the catalog has and the pool lacks is shown
+as broken, what only the pool has is left alone, nothing is deleted.
 
 The configuration is TOML; docs/configuration.md lists every key.`,
 		Example: `  mica serve
@@ -68,7 +74,7 @@ The configuration is TOML; docs/configuration.md lists every key.`,
 			}
 			daemon.SetName("mica")
 			return daemon.Run(cmd.Context(), daemon.Options{
-				Config: c, ConfigFile: path, Version: version(), Exe: []string{self}, Log: log,
+				Config: c, ConfigFile: path, Version: version(), Exe: []string{self}, Log: log, AcceptPool: accept,
 				Ready: func(socket string, notes []string) {
 					for _, n := range notes {
 						log.Warn(n)
@@ -81,6 +87,7 @@ The configuration is TOML; docs/configuration.md lists every key.`,
 	c.Flags().StringVar(&root, "root", "", "directory of the pool and the catalog (default: that of the configuration, else /var/lib/mica)")
 	c.Flags().StringVar(&run, "run", "", "directory of sockets (default: that of the configuration or $MICA_RUN, else "+client.DefaultRun+")")
 	c.Flags().StringVar(&file, "config", "", "configuration `FILE` (default: "+config.DefaultFile+" if it is there)")
+	c.Flags().BoolVar(&accept, "accept-pool", false, "serve although pool and catalog are not of the same moment; see above")
 	c.MarkFlagDirname("root")
 	c.MarkFlagDirname("run")
 	c.MarkFlagFilename("config", "toml")

@@ -24,7 +24,7 @@ take the suffixes K, M, G and T (powers of 1024).`,
 	c.AddCommand(
 		newThinLsCmd(), newThinCreateCmd(), newThinSnapCmd(), newThinRmCmd(),
 		newThinReadCmd(), newThinWriteCmd(), newThinDiscardCmd(), newThinExportCmd(),
-		newThinCheckCmd(), newThinDumpCmd(), newThinRestoreCmd(), newThinDeltaCmd(),
+		newThinCheckCmd(), newThinDumpCmd(), newThinRestoreCmd(), newThinDeltaCmd(), newThinRmapCmd(),
 	)
 	return c
 }
