@@ -127,7 +127,7 @@ func (d *daemon) open(ctx context.Context) error {
 	}); err != nil {
 		return err
 	}
-	if d.nbd, err = startNBD(d.c.Run, d.log); err != nil {
+	if d.nbd, err = startNBD(d.c.Run, d.c.NBD, d.log); err != nil {
 		return err
 	}
 	d.store, err = layer.Open(ctx, layer.Options{
@@ -148,9 +148,10 @@ func (d *daemon) open(ctx context.Context) error {
 		stall:    time.Duration(d.c.Limits.StallTimeout),
 		busy:     nodeUsers,
 		describe: d.describe, describePool: d.describePool,
-		quit:  func() { d.once.Do(func() { close(d.quit) }) },
-		snaps: d.store,
-		calls: func() []callStat { return d.containerd.calls.list() },
+		nbdTCP: func() bool { return d.nbd.address != "" },
+		quit:   func() { d.once.Do(func() { close(d.quit) }) },
+		snaps:  d.store,
+		calls:  func() []callStat { return d.containerd.calls.list() },
 	}, d.hub, d.ops, d.log)
 	d.background()
 	d.containerd, err = startContainerd(d.c.Run, d.c.Containerd, d.store, d.sockets, d.log)

@@ -45,7 +45,7 @@ func (d *daemon) describe(st *api.Status) {
 	st.Root, st.Run, st.Config = d.c.Root, d.c.Run, d.o.ConfigFile
 	st.PoolName = filepath.Base(d.c.Root) + "-pool"
 	st.MemoryBytes, st.MemoryLimitBytes = anonymousMemory(), d.memory
-	st.Exports = api.Exports{Kind: d.exporter.Kind(), NBDSocket: d.nbd.path, IOFlusher: isIOFlusher(), HolderPID: peerPID(d.path(holderSocket))}
+	st.Exports = api.Exports{Kind: d.exporter.Kind(), NBDSocket: d.nbd.path, NBDAddress: d.nbd.address, IOFlusher: isIOFlusher(), HolderPID: peerPID(d.path(holderSocket))}
 	st.Exports.Resend, _ = d.exporter.Restartable()
 	st.Exports.HostNamespaces, _ = hostNamespaces()
 	st.Notes = d.notes()
@@ -91,6 +91,9 @@ func (d *daemon) notes() []string {
 	}
 	if state, why := hostNamespaces(); state != "yes" {
 		notes = append(notes, why)
+	}
+	if n := d.c.NBD; n.Listen != "" && !n.TLS() {
+		notes = append(notes, "NBD is served on "+d.nbd.address+" without TLS: every user of this host can use what is attached with --tcp")
 	}
 	return notes
 }

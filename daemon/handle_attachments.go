@@ -45,6 +45,9 @@ func (s *server) createAttachment(q *request) (int, any, error) {
 	default:
 		return 0, nil, api.Errorf(api.CodeInvalid, "attach %q: as is %q, want block or nbd", b.Container, b.As)
 	}
+	if b.TCP && (s.nbdTCP == nil || !s.nbdTCP()) {
+		return 0, nil, api.Errorf(api.CodeUnsupported, "attach %q over TCP: the daemon listens on no TCP address: set nbd.listen in its configuration and restart it", b.Container)
+	}
 	c, err := s.store.Container(q.Context(), b.Container)
 	if err != nil {
 		return 0, nil, err
@@ -53,7 +56,7 @@ func (s *server) createAttachment(q *request) (int, any, error) {
 	if c.Attachment != nil {
 		status = http.StatusOK
 	}
-	a, err := s.store.Attach(q.Context(), b.Container, layer.AttachOptions{As: as, ReadOnly: b.ReadOnly, TrustGuest: b.TrustGuest})
+	a, err := s.store.Attach(q.Context(), b.Container, layer.AttachOptions{As: as, ReadOnly: b.ReadOnly, TCP: b.TCP, TrustGuest: b.TrustGuest})
 	return status, api.AttachmentOf{Container: b.Container, Attachment: a}, err
 }
 

@@ -39,6 +39,8 @@ type parts struct {
 	describePool func(*api.Pool)
 	// quit ends the daemon soon after. Everything is detached.
 	quit func()
+	// nbdTCP tells whether devices can be served over TCP. Nil: no.
+	nbdTCP func() bool
 	// snaps are containerd's. Nil: there are none.
 	snaps snapNodes
 	// calls are those of containerd.

@@ -76,7 +76,7 @@ func (s *Store) openNoting(ctx context.Context, id string, dev thin.DevID, size,
 	case a.As == AsNBD && s.o.NBD == nil:
 		err = fmt.Errorf("%w: no NBD server", ErrInvalid)
 	case a.As == AsNBD:
-		l.n, err = s.o.NBD.Serve(ctx, id, served, a.ReadOnly)
+		l.n, err = s.o.NBD.Serve(ctx, id, served, NBDOptions{ReadOnly: a.ReadOnly, TCP: a.TCP})
 	case adopt:
 		l.a, err = s.o.Exporter.Adopt(ctx, id, served)
 	default:
@@ -182,6 +182,9 @@ func (s *Store) Attach(ctx context.Context, name string, o AttachOptions) (Attac
 	if o.As != AsBlock && o.As != AsNBD {
 		return Attachment{}, fmt.Errorf("%w kind of attachment %q: want block or nbd", ErrInvalid, o.As)
 	}
+	if o.TCP && o.As != AsNBD {
+		return Attachment{}, fmt.Errorf("%w: an attachment as %s cannot be served over TCP, one as nbd can", ErrInvalid, o.As)
+	}
 	if err := s.writable(); err != nil {
 		return Attachment{}, err
 	}
@@ -194,9 +197,9 @@ func (s *Store) Attach(ctx context.Context, name string, o AttachOptions) (Attac
 	if err != nil {
 		return Attachment{}, err
 	}
-	want := attachBody{As: o.As, ReadOnly: o.ReadOnly, Boot: s.boot}
+	want := attachBody{As: o.As, ReadOnly: o.ReadOnly, TCP: o.TCP, Boot: s.boot}
 	if old := c.body.Attach; old != nil {
-		if old.As != want.As || old.ReadOnly != want.ReadOnly {
+		if old.As != want.As || old.ReadOnly != want.ReadOnly || old.TCP != want.TCP {
 			return Attachment{}, fmt.Errorf("container %q is attached as %s: %w; detach it first", name, describe(*old), ErrInUse)
 		}
 		l := s.liveOf(c.body.ID)
@@ -254,15 +257,19 @@ func (s *Store) Attach(ctx context.Context, name string, o AttachOptions) (Attac
 }
 
 func describe(a attachBody) string {
-	if a.ReadOnly {
-		return string(a.As) + ", read-only"
+	s := string(a.As)
+	if a.TCP {
+		s += " over TCP"
 	}
-	return string(a.As)
+	if a.ReadOnly {
+		s += ", read-only"
+	}
+	return s
 }
 
 // attachment describes a container's attachment; l is nil if it is not live now.
 func (s *Store) attachment(c record[containerBody], l *live) Attachment {
-	a := Attachment{As: c.body.Attach.As, ReadOnly: c.body.Attach.ReadOnly, ID: c.body.ID, FSType: c.body.FSType,
+	a := Attachment{As: c.body.Attach.As, ReadOnly: c.body.Attach.ReadOnly, TCP: c.body.Attach.TCP, ID: c.body.ID, FSType: c.body.FSType,
 		MountOptions: s.mountOptions(c.body.FSType, c.body.Attach.ReadOnly), Mounts: c.body.Mounts}
 	if l != nil && l.a != nil && !l.dead.Load() {
 		a.Node, a.Link = l.a.Node(), l.a.Link()

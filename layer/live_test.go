@@ -565,18 +565,50 @@ func TestGuestOwned(t *testing.T) {
 	must[CommitResult](t)(s.Commit(ctx, "vm", CommitOptions{Image: "trusted", QuiesceOptions: QuiesceOptions{TrustGuest: true}}))
 }
 
+// TestAttachOverTCP: only where asked for, and so again after a restart.
+func TestAttachOverTCP(t *testing.T) {
+	r := newRig(t)
+	nbd := &fakeNBD{clients: map[string]int{}, tcp: map[string]bool{}}
+	r.o.NBD = nbd
+	s := r.open()
+	ctx := tctx(t)
+	importImage(t, s, "a", []file{{name: "a", data: "a"}})
+	create(t, s, "near", "a")
+	create(t, s, "far", "a")
+	_, err := s.Attach(ctx, "far", AttachOptions{TCP: true})
+	wantErr(t, err, ErrInvalid, "block")
+	near := must[Attachment](t)(s.Attach(ctx, "near", AttachOptions{As: AsNBD}))
+	far := must[Attachment](t)(s.Attach(ctx, "far", AttachOptions{As: AsNBD, TCP: true, ReadOnly: true}))
+	for range 2 {
+		if nbd.tcp[near.ID] || !nbd.tcp[far.ID] || near.TCP || !far.TCP {
+			t.Errorf("over TCP: %v; attachments %+v, %+v", nbd.tcp, near, far)
+		}
+		clear(nbd.tcp)
+		s = r.reopen()
+		far = *must[Container](t)(s.Container(ctx, "far")).Attachment
+	}
+	_, err = s.Attach(ctx, "far", AttachOptions{As: AsNBD, ReadOnly: true})
+	wantErr(t, err, ErrInUse, "nbd over TCP, read-only")
+}
+
 type errWriter struct{}
 
 func (errWriter) Write([]byte) (int, error) { return 0, errors.New("not to be written") }
 
-type fakeNBD struct{ clients map[string]int }
+type fakeNBD struct {
+	clients map[string]int
+	tcp     map[string]bool
+}
 
 type fakeNBDExport struct {
 	n    *fakeNBD
 	name string
 }
 
-func (n *fakeNBD) Serve(_ context.Context, name string, _ dev.Device, _ bool) (NBDExport, error) {
+func (n *fakeNBD) Serve(_ context.Context, name string, _ dev.Device, o NBDOptions) (NBDExport, error) {
+	if n.tcp != nil {
+		n.tcp[name] = o.TCP
+	}
 	return &fakeNBDExport{n, name}, nil
 }
 func (e *fakeNBDExport) URI() string                 { return "nbd+unix:///" + e.name + "?socket=/run/nbd.sock" }

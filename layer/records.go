@@ -75,7 +75,8 @@ type containerBody struct {
 type attachBody struct {
 	As       As     `json:"as"`
 	ReadOnly bool   `json:"read_only,omitempty"`
-	Boot     string `json:"boot"` // boot id: after a reboot it comes back when asked for
+	TCP      bool   `json:"tcp,omitempty"` // AsNBD: served over TCP too
+	Boot     string `json:"boot"`          // boot id: after a reboot it comes back when asked for
 }
 
 type snapshotBody struct {

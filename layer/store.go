@@ -92,15 +92,23 @@ type Options struct {
 	Logger *slog.Logger // nil: slog.Default()
 }
 
-// An NBDServer serves devices as network block devices on Unix sockets.
+// An NBDServer serves devices as network block devices: on a Unix socket, and over TCP those that
+// are to be.
 type NBDServer interface {
 	// Serve exports d under a name that is new among live exports.
-	Serve(ctx context.Context, name string, d dev.Device, readOnly bool) (NBDExport, error)
+	Serve(ctx context.Context, name string, d dev.Device, o NBDOptions) (NBDExport, error)
+}
+
+// NBDOptions of one device.
+type NBDOptions struct {
+	ReadOnly bool
+	TCP      bool // over TCP too, as the server was set up for it
 }
 
 // An NBDExport is one device that an NBDServer serves.
 type NBDExport interface {
-	// URI is what clients connect to ("nbd+unix:///name?socket=/run/mica/nbd.sock").
+	// URI is what clients connect to ("nbd+unix:///name?socket=/run/mica/nbd.sock",
+	// "nbds://192.0.2.1:10809/name").
 	URI() string
 	// Clients counts open connections.
 	Clients() int
@@ -198,15 +206,17 @@ type As string
 
 const (
 	AsBlock As = "block" // a block device node of this host
-	AsNBD   As = "nbd"   // an NBD export on a Unix socket, for a virtual machine
+	AsNBD   As = "nbd"   // an NBD export, for a virtual machine
 )
 
 // An Attachment says where a container's device can be opened. It lasts until Detach or Remove,
 // also over a restart of the daemon.
 type Attachment struct {
-	As       As     `json:"as"`
-	ReadOnly bool   `json:"read_only,omitempty"`
-	ID       string `json:"id"`
+	As       As   `json:"as"`
+	ReadOnly bool `json:"read_only,omitempty"`
+	// TCP: an NBD export that is served over TCP too; URI is its address there.
+	TCP bool   `json:"tcp,omitempty"`
+	ID  string `json:"id"`
 	// Node is the kernel's block device ("/dev/loop7"), Link the name to give to others
 	// ("/dev/mica/<id>"): it is never reused and goes away before the node does. Both are empty
 	// with AsNBD.
@@ -239,6 +249,7 @@ type UpdateOptions struct {
 type AttachOptions struct {
 	As         As // empty: AsBlock
 	ReadOnly   bool
+	TCP        bool // AsNBD: serve it over TCP too, if the server has a TCP listener
 	TrustGuest bool // AsNBD: do not mark the container as owned by a guest
 }
 

@@ -24,15 +24,23 @@ func newAttachCmd() *cobra.Command {
 NBD export for a virtual machine. It stays, also over a restart of the daemon, until
 'mica detach'.
 
+An NBD export is on a socket that only root may use. With --tcp it can be reached over TCP too,
+at the address that the daemon's configuration names (nbd.listen), and its URI is printed: nbds
+if clients must use TLS and show a certificate, nbd on a loopback address without.
+
 A container that was attached as NBD is owned by its guest from then on: this host does not
 mount what a guest wrote unless it is told to (--trust-guest).`,
 		Example: `  mica attach web
   mica attach vm1 --as nbd
+  mica attach vm2 --as nbd --tcp
   qemu-system-x86_64 ... -drive file=$(mica attach vm1 --as nbd),format=raw`,
 		Args: cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			if in.As != string(layer.AsBlock) && in.As != string(layer.AsNBD) {
 				return usagef("--as %s: want block or nbd", in.As)
+			}
+			if in.TCP && in.As != string(layer.AsNBD) {
+				return usagef("--tcp goes with --as nbd")
 			}
 			in.Container = args[0]
 			a, _, err := connect().Attach(cmd.Context(), in)
@@ -52,6 +60,7 @@ mount what a guest wrote unless it is told to (--trust-guest).`,
 	}
 	c.Flags().StringVar(&in.As, "as", string(layer.AsBlock), "block or nbd")
 	c.Flags().BoolVar(&in.ReadOnly, "read-only", false, "export it read-only")
+	c.Flags().BoolVar(&in.TCP, "tcp", false, "with nbd: serve it over TCP too")
 	c.Flags().BoolVar(&in.TrustGuest, "trust-guest", false, "with nbd: this host may go on mounting it")
 	jsonFlag(c, &asJSON)
 	c.ValidArgsFunction = complete(containerNames)

@@ -135,6 +135,7 @@ func printStatus(w io.Writer, st api.Status) {
 	}
 	line("Holder", "%s", holder)
 	line("NBD Socket", "%s", dash(x.NBDSocket))
+	line("NBD Address", "%s", dash(x.NBDAddress))
 	line("IO Flusher", "%s", yes(x.IOFlusher))
 	line("Host Namespaces", "%s", x.HostNamespaces)
 	for _, a := range s.Attachments {

@@ -158,7 +158,10 @@ type Exports struct {
 	// HolderPID is the process that keeps the descriptors meanwhile, 0 if there is none.
 	HolderPID int    `json:"holder_pid,omitempty"`
 	NBDSocket string `json:"nbd_socket,omitempty"`
-	IOFlusher bool   `json:"io_flusher"` // PR_SET_IO_FLUSHER is set
+	// NBDAddress is where NBD is served over TCP ("tls 0.0.0.0:10809", "127.0.0.1:10809"), empty
+	// if it is not.
+	NBDAddress string `json:"nbd_address,omitempty"`
+	IOFlusher  bool   `json:"io_flusher"` // PR_SET_IO_FLUSHER is set
 	// HostNamespaces is "yes", "no" or "unknown": whether the daemon sees the host's mounts and
 	// processes.
 	HostNamespaces string `json:"host_namespaces"`

@@ -110,6 +110,8 @@ type CreateAttachment struct {
 	Container string `json:"container"`
 	As        string `json:"as,omitempty"` // "block" (the default) or "nbd"
 	ReadOnly  bool   `json:"read_only,omitempty"`
+	// TCP: with "nbd", serve it over TCP too, at the daemon's nbd.listen.
+	TCP bool `json:"tcp,omitempty"`
 	// TrustGuest: with "nbd", do not mark the container as owned by a guest.
 	TrustGuest bool `json:"trust_guest,omitempty"`
 }

@@ -13,6 +13,8 @@ import (
 	"time"
 
 	"github.com/pelletier/go-toml/v2"
+
+	"mica/export/nbd"
 )
 
 // DefaultFile is read if it exists and no other is named.
@@ -29,6 +31,7 @@ type Config struct {
 	AutoExtend AutoExtend `toml:"auto_extend" doc:"Growing the pool by itself."`
 	Containers Containers `toml:"containers" doc:"File systems of containers."`
 	Exports    Exports    `toml:"exports" doc:"Block devices of containers."`
+	NBD        NBD        `toml:"nbd" doc:"Network block devices: containers attached with --as nbd. They are on the socket RUN/nbd.sock; those attached with --tcp can be reached over TCP too."`
 	Containerd Containerd `toml:"containerd" doc:"What containerd uses as a snapshotter and differ. docs/containerd.md has containerd's side of it."`
 	Limits     Limits     `toml:"limits" doc:"Bounds of what the daemon uses."`
 }
@@ -77,6 +80,48 @@ type Containers struct {
 // Exports says how devices are exported.
 type Exports struct {
 	LinkDir string `toml:"link_dir" doc:"Directory of the links to the nodes of containers."`
+}
+
+// NBD says how network block devices are served over TCP.
+type NBD struct {
+	Listen         string   `toml:"listen" doc:"IP:PORT for TCP. Empty: none. Without the three files below only a loopback address is accepted, such as 127.0.0.1:10809; every user of this host, and every container in the host's network, can then read and write what is served there."`
+	TLSCertificate string   `toml:"tls_certificate" doc:"Certificate of the server, PEM. With TLS every client must use TLS (1.2 or later) and show a certificate. The files are read again when they change."`
+	TLSKey         string   `toml:"tls_key" doc:"Key of the certificate, PEM. Others than its owner and group must not be able to read it."`
+	TLSClientCA    string   `toml:"tls_client_ca" doc:"Certificates of the authorities that sign those of the clients, PEM."`
+	TLSClients     []string `toml:"tls_clients" doc:"Names of clients that may connect: the common name, or a DNS, mail or URI name, of the certificate. Empty: every client of the CA. Whoever may connect can use everything that is attached with --tcp."`
+}
+
+// TLS tells whether TLS is asked for.
+func (n NBD) TLS() bool { return n.TLSCertificate != "" || n.TLSKey != "" || n.TLSClientCA != "" }
+
+func (n NBD) validate() error {
+	files := []struct{ key, path string }{
+		{"nbd.tls_certificate", n.TLSCertificate}, {"nbd.tls_key", n.TLSKey}, {"nbd.tls_client_ca", n.TLSClientCA},
+	}
+	for _, f := range files {
+		switch {
+		case n.TLS() && f.path == "":
+			return fmt.Errorf("%s: not set: TLS needs nbd.tls_certificate, nbd.tls_key and nbd.tls_client_ca", f.key)
+		case f.path != "" && !filepath.IsAbs(f.path):
+			return fmt.Errorf("%s: %q is not an absolute path", f.key, f.path)
+		}
+	}
+	if !n.TLS() && len(n.TLSClients) > 0 {
+		return errors.New("nbd.tls_clients: without a certificate nobody is asked for a name: set nbd.tls_certificate, nbd.tls_key and nbd.tls_client_ca")
+	}
+	if slices.Contains(n.TLSClients, "") {
+		return errors.New("nbd.tls_clients: an empty name")
+	}
+	if n.Listen == "" {
+		if n.TLS() {
+			return errors.New("nbd.listen: not set, but certificates are: TLS is for TCP")
+		}
+		return nil
+	}
+	if err := nbd.CheckTCP(n.Listen, n.TLS()); err != nil {
+		return fmt.Errorf("nbd.listen: %w", err)
+	}
+	return nil
 }
 
 // Containerd says what containerd is offered.
@@ -226,6 +271,9 @@ func (c *Config) Validate() error {
 				return bad(key, "%q is not a mount option", o)
 			}
 		}
+	}
+	if err := c.NBD.validate(); err != nil {
+		return err
 	}
 	if !slices.Contains([]string{"debug", "info", "warn", "error"}, c.Log.Level) {
 		return bad("log.level", "%q is none of debug, info, warn, error", c.Log.Level)
