@@ -45,28 +45,41 @@ func (m Mode) String() string {
 // Status is one look at a pool. Blocks are data blocks of BlockSize bytes or metadata blocks
 // of 4096 bytes; they are counted as of now, not as of the last commit.
 type Status struct {
-	Engine          string `json:"engine"` // "user" or "kernel"
-	Mode            string `json:"mode"`
-	NeedsCheck      bool   `json:"needs_check"`
-	FailReason      string `json:"fail_reason,omitempty"` // why the pool left mode rw for good
-	BlockSize       int64  `json:"block_size"`            // bytes
-	DataBlocks      uint64 `json:"data_blocks"`
-	DataUsed        uint64 `json:"data_used"`     // mapped by some device
-	DataReserved    uint64 `json:"data_reserved"` // handed to a writer or an extent, not mapped yet
-	DataFreeing     uint64 `json:"data_freeing"`  // freed, waiting for a commit, readers or a punch
-	MetaBlocks      uint64 `json:"metadata_blocks"`
-	MetaUsed        uint64 `json:"metadata_used"`
-	TransactionID   uint64 `json:"transaction_id"`
-	Time            uint32 `json:"time"` // snapshot counter
-	HeldRoot        uint64 `json:"held_root"`
-	Devices         int    `json:"devices"`
-	LowWaterMark    uint64 `json:"low_water_mark"` // free data blocks at which an event is sent
-	ErrorIfNoSpace  bool   `json:"error_if_no_space"`
-	WaitingForSpace int    `json:"waiting_for_space"` // writers
-	Commits         uint64 `json:"commits"`           // since open
-	DataFlushes     uint64 `json:"data_flushes"`
-	MetaFlushes     uint64 `json:"metadata_flushes"`
-	HostBytes       int64  `json:"host_bytes"` // what the data medium really occupies, -1 if unknown
+	Engine          string  `json:"engine"` // "user" or "kernel"
+	Mode            string  `json:"mode"`
+	NeedsCheck      bool    `json:"needs_check"`
+	FailReason      string  `json:"fail_reason,omitempty"` // why the pool left mode rw for good
+	BlockSize       int64   `json:"block_size"`            // bytes
+	DataBlocks      uint64  `json:"data_blocks"`
+	DataUsed        uint64  `json:"data_used"`     // mapped by some device
+	DataReserved    uint64  `json:"data_reserved"` // handed to a writer or an extent, not mapped yet
+	DataFreeing     uint64  `json:"data_freeing"`  // freed, waiting for a commit, readers or a punch
+	MetaBlocks      uint64  `json:"metadata_blocks"`
+	MetaUsed        uint64  `json:"metadata_used"`
+	TransactionID   uint64  `json:"transaction_id"`
+	Time            uint32  `json:"time"` // snapshot counter
+	HeldRoot        uint64  `json:"held_root"`
+	Devices         int     `json:"devices"`
+	LowWaterMark    uint64  `json:"low_water_mark"` // free data blocks at which an event is sent
+	ErrorIfNoSpace  bool    `json:"error_if_no_space"`
+	WaitingForSpace int     `json:"waiting_for_space"` // writers
+	Commits         uint64  `json:"commits"`           // since open
+	DataFlushes     uint64  `json:"data_flushes"`
+	MetaFlushes     uint64  `json:"metadata_flushes"`
+	HostBytes       int64   `json:"host_bytes"` // what the data medium really occupies, -1 if unknown
+	Journal         Journal `json:"journal"`
+}
+
+// Journal is what keeps acknowledged writes when only the process that serves the pool dies.
+type Journal struct {
+	State   string `json:"state"`             // "on", "off", or "waiting": left by an opener that was killed, the pool is read-only
+	Path    string `json:"path,omitempty"`    // of its file, on tmpfs
+	Bytes   int64  `json:"bytes,omitempty"`   // length of the file
+	Entries uint64 `json:"entries,omitempty"` // changes, or runs of changes, since the last commit; or that wait
+	// TakenOver is how many blocks had their mapping set or removed from the journal of an opener
+	// that was killed, when the pool was opened.
+	TakenOver uint64 `json:"taken_over"`
+	Problem   string `json:"problem,omitempty"` // what was lost with an earlier journal, or why there is none
 }
 
 // EventKind says what happened to a pool.
@@ -77,6 +90,7 @@ const (
 	EventNoSpace    EventKind = "out_of_data_space"
 	EventSpaceAgain EventKind = "data_space_available"
 	EventMode       EventKind = "mode"
+	EventJournal    EventKind = "journal" // taken over from an opener that was killed, or lost
 )
 
 // Event is sent when a pool crosses a mark or changes its mode.

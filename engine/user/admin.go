@@ -175,6 +175,21 @@ func (p *Pool) Delta(ctx context.Context, left, right thin.DevID, fn func(thin.D
 	})
 }
 
+// Changes is Delta without what is the same. It does not read what the trees of the two devices share.
+func (p *Pool) Changes(ctx context.Context, left, right thin.DevID, fn func(thin.DeltaRange) error) error {
+	v, err := p.view()
+	if err != nil {
+		return err
+	}
+	defer v.Unpin()
+	return v.Changes(left, right, func(r thin.DeltaRange) error {
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+		return fn(r)
+	})
+}
+
 // Usage counts the blocks of every device, as of a commit made in the call.
 func (p *Pool) Usage(ctx context.Context) (map[thin.DevID]thin.Usage, error) {
 	v, err := p.view()

@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"mica/engine"
+	"mica/journal"
 	"mica/thin"
 )
 
@@ -68,10 +69,18 @@ func (p *Pool) commitTo(gen uint64) error {
 func (p *Pool) commitNow() error { return p.commitTo(p.commits.open.Load()) }
 
 // runCommit closes the open generation and makes it durable. Only commitTo calls it.
+//
+// The journal is switched before anything of the set is taken: a change that it has in the
+// generation before is on a list by then, so that it goes into this set; one that it has in the
+// new generation may be in this set too, which does no harm.
 func (p *Pool) runCommit() (closed uint64, err error) {
 	p.applyMu.Lock()
 	closed = p.commits.open.Load()
 	p.commits.open.Store(closed + 1)
+	if p.journal != nil {
+		p.journal.Switch(p.committed)
+		p.at("switched")
+	}
 	if err := p.applyAllLocked(); err != nil {
 		p.applyMu.Unlock()
 		return 0, err
@@ -104,12 +113,20 @@ func (p *Pool) runCommit() (closed uint64, err error) {
 		return 0, p.fail(serr)
 	}
 	if err == nil {
+		next := journal.StateOf(c.Superblock())
+		p.at("written")
+		if p.journal != nil {
+			p.journal.Expect(next)
+			p.at("expected")
+		}
 		err = c.WriteSuperblock()
 		p.metaFlushes.Add(1)
+		p.committed = next
 	}
 	if err != nil {
 		return 0, p.fail(err)
 	}
+	p.at("committed")
 	p.commits.writes.Add(1)
 	p.metaFreed()
 	p.release.add(c.Freed(), dropped)
@@ -145,10 +162,7 @@ func (p *Pool) wakeCommitLoop() {
 		c.wake <- struct{}{}
 	}
 	if int(p.pending.Load()) >= p.opts.MaxPending {
-		select {
-		case c.kick <- struct{}{}:
-		default:
-		}
+		p.kickCommit()
 	}
 }
 
@@ -186,6 +200,9 @@ func (p *Pool) fail(cause error) error {
 		err := fmt.Errorf("%w: %w", engine.ErrFailed, cause)
 		p.failure.Store(&err)
 		p.meta.Fail(cause)
+		if p.journal != nil {
+			p.journal.Fail()
+		}
 		p.log.Error("pool failed", "err", cause)
 		p.space.wakeAll()
 		p.events.send(engine.Event{Kind: engine.EventMode, Detail: "ro: " + cause.Error()})

@@ -14,6 +14,8 @@ type events struct {
 	mu   sync.Mutex
 	subs map[chan engine.Event]struct{} // guarded by mu; nil after close
 	done bool
+	// first is what happened while the pool was opened, for the first who listens; guarded by mu
+	first []engine.Event
 }
 
 func (e *events) send(ev engine.Event) {
@@ -49,6 +51,10 @@ func (p *Pool) Events() (<-chan engine.Event, func()) {
 	if e.subs == nil {
 		e.subs = map[chan engine.Event]struct{}{}
 	}
+	for _, ev := range e.first {
+		ch <- ev
+	}
+	e.first = nil
 	e.subs[ch] = struct{}{}
 	return ch, func() {
 		e.mu.Lock()

@@ -16,15 +16,6 @@ func (d *device) ownMapping(val uint64) bool {
 	return val != absent && uint32(val&(thin.MaxTime-1)) >= d.created
 }
 
-// noteOwn follows a change of one entry.
-func (d *device) noteOwn(old, val uint64) {
-	if was, is := d.ownMapping(old), d.ownMapping(val); is && !was {
-		d.own.Add(1)
-	} else if was && !is {
-		d.own.Add(-1)
-	}
-}
-
 // OwnChange is by how many the device's own blocks have changed since it was opened.
 func (t *Thin) OwnChange() int64 { return t.d.own.Load() }
 

@@ -248,7 +248,7 @@ func (t *Thin) unmapOneZero(l *leaf, v thin.VBlock) {
 	if t.p.admit(1, true) != nil {
 		return
 	}
-	if !t.d.record(l, v, absent) {
+	if ok, _ := t.d.record(l, v, 1, absent); !ok {
 		t.p.unadmit(1)
 		return
 	}

@@ -5,64 +5,105 @@ import (
 	"math/bits"
 	"slices"
 
+	"mica/journal"
 	"mica/thin"
 )
 
 // applyBatch bounds the mappings that enter a tree under one lock of the metadata.
 const applyBatch = 256
 
-// record makes val (a packed mapping, or absent) the entry of vb and part of the open pending
-// set. The caller holds a writer's token and vb's stripe, has admitted the change, and the
-// content of the new data block is complete. It reports false if the leaf was evicted: the
-// caller takes it again and repeats.
+// record makes val (a packed mapping, or absent) the entry of vb, and with neighbouring data blocks
+// of the n-1 blocks after it in the same leaf, and part of the open pending set. The caller holds
+// a writer's token and the blocks' stripes, has admitted the changes, and the contents of new data
+// blocks are complete. It reports false if the leaf was evicted: the caller takes it again and
+// repeats. errWantJournal: the journal is full, nothing has happened.
 //
-// This is the one place where mappings change; whatever must know each change before it is
-// acknowledged (a journal that outlives the process) belongs here, before the entry is stored.
-func (d *device) record(l *leaf, vb thin.VBlock, val uint64) bool {
+// This is the one place where mappings change. The journal gets the change when its leaf is on the
+// list for the open pending set, and before the entry can be seen. So a commit that switched the
+// journal before that has it in the new generation, and one that does so afterwards finds the leaf
+// on the list, waits for its lock, and has the change in its own set (see runCommit).
+func (d *device) record(l *leaf, vb thin.VBlock, n, val uint64) (bool, error) {
+	step := uint64(0)
+	if val != absent {
+		step = thin.MaxTime // the next data block, packed
+	}
 	l.mu.Lock()
 	if l.dead {
 		l.mu.Unlock()
-		return false
+		return false, nil
 	}
-	i := uint64(vb) % leafBlocks
-	old := l.entries[i].Load()
-	again := l.pend[i/64]&(1<<(i%64)) != 0
-	if !again {
-		l.pend[i/64] |= 1 << (i % 64)
-		l.npend++
+	first := uint64(vb) % leafBlocks
+	pend, npend := l.pend, l.npend
+	superseded := false
+	for i := first; i < first+n; i++ {
+		if l.pend[i/64]&(1<<(i%64)) == 0 {
+			l.pend[i/64] |= 1 << (i % 64)
+			l.npend++
+		} else if l.entries[i].Load() != absent {
+			superseded = true
+		}
 	}
-	if again && old != absent || !l.listed {
+	again := int(n) - (l.npend - npend)
+	if !l.listed {
 		d.dirtyMu.Lock()
-		if again && old != absent {
-			// Superseded before any tree knew it: it was never more than reserved.
-			d.dropped = append(d.dropped, thin.UnpackMapping(old).Block)
-		}
-		if !l.listed {
-			l.listed = true
-			d.dirty = append(d.dirty, l)
-		}
+		l.listed = true
+		d.dirty = append(d.dirty, l)
 		if !d.enlisted {
 			d.enlisted = true
 			d.p.enlist(d)
 		}
 		d.dirtyMu.Unlock()
 	}
-	l.entries[i].Store(val)
+	if j := d.p.journal; j != nil {
+		e := journal.Entry{ID: d.id, VBlock: vb, Len: n, Removed: val == absent}
+		if !e.Removed {
+			e.Block = thin.UnpackMapping(val).Block
+		}
+		if err := j.Append(e); err != nil {
+			l.pend, l.npend = pend, npend
+			l.mu.Unlock()
+			return false, fmt.Errorf("%w: %w", errWantJournal, err)
+		}
+	}
+	if superseded {
+		// Before any tree knew them: they were never more than reserved.
+		d.dirtyMu.Lock()
+		for i := first; i < first+n; i++ {
+			if old := l.entries[i].Load(); old != absent && pend[i/64]&(1<<(i%64)) != 0 {
+				d.dropped = append(d.dropped, thin.UnpackMapping(old).Block)
+			}
+		}
+		d.dirtyMu.Unlock()
+	}
+	mapped, own := int64(0), int64(0)
+	for i := first; i < first+n; i++ {
+		old := l.entries[i].Load()
+		l.entries[i].Store(val)
+		mapped += count(val != absent) - count(old != absent)
+		own += count(d.ownMapping(val)) - count(d.ownMapping(old))
+		val += step
+	}
 	l.mu.Unlock()
 
-	d.noteOwn(old, val)
-	switch {
-	case old == absent && val != absent:
-		d.mapped.Add(1)
-	case old != absent && val == absent:
-		d.mapped.Add(-1)
+	if mapped != 0 {
+		d.mapped.Add(mapped)
 	}
-	if again {
-		d.p.unadmit(1)
+	if own != 0 {
+		d.own.Add(own)
 	}
-	// After the entry: a flush that sees an older number began before this change was done.
+	if again > 0 {
+		d.p.unadmit(again)
+	}
+	// After the entries: a flush that sees an older number began before this change was done.
 	d.noteChange()
-	return true
+	return true, nil
+}
+
+func count(is bool) int64 {
+	if is {
+		return 1
+	}
+	return 0
 }
 
 // noteChange notes that the device has changes in the open generation, or in an older one.

@@ -11,6 +11,7 @@ import (
 
 	"mica/dev"
 	"mica/engine"
+	"mica/journal"
 	"mica/thin"
 )
 
@@ -35,6 +36,17 @@ type Options struct {
 	MetaCacheBytes  int64
 	LockWait        time.Duration // how long Open waits for a dying predecessor; 0: 10 s
 	Logger          *slog.Logger  // nil: slog.Default
+
+	// A pool opened for writing by Open keeps a journal in memory, so that nothing acknowledged is
+	// lost when only the process dies. NoJournal goes without, JournalOptional does so where there
+	// is no place for one; what an earlier opener has left is taken over all the same.
+	// JournalBytes is its length (0: 64 MiB), JournalDirs are places instead of the usual ones.
+	NoJournal       bool
+	JournalOptional bool
+	JournalBytes    int64
+	JournalDirs     []string
+
+	step func(name string) // for tests: called between the steps of a commit and of a takeover
 }
 
 func (o *Options) setDefaults() {
@@ -72,6 +84,10 @@ type Pool struct {
 	onDone func() // after Close, may be nil
 
 	readOnly bool // nothing may change: opened so, or needs_check
+
+	journal   *journal.Journal // immutable after New; nil: none
+	taken     taken            // immutable after New: what became of an earlier opener's journal
+	committed journal.State    // the superblock on the medium; of whoever runs a commit
 
 	applyMu sync.Mutex
 	dropped []thin.DataBlock // guarded by applyMu: reserved blocks that the next commit lets go
@@ -113,7 +129,13 @@ var _ engine.Pool = (*Pool)(nil)
 
 // New opens the pool on two devices, which are the pool's from then on, also when New fails.
 // The pool must not be open anywhere else: Open takes the locks, New does not.
-func New(metadata, dataDev dev.Device, o Options) (_ *Pool, err error) {
+//
+// A pool opened this way has no journal: nobody could find it again.
+func New(metadata, dataDev dev.Device, o Options) (*Pool, error) {
+	return openOn(metadata, dataDev, o, nil)
+}
+
+func openOn(metadata, dataDev dev.Device, o Options, where *journal.Identity) (_ *Pool, err error) {
 	o.setDefaults()
 	defer func() {
 		if err != nil {
@@ -142,9 +164,14 @@ func New(metadata, dataDev dev.Device, o Options) (_ *Pool, err error) {
 	p.cache.limit = int(max(1, o.TableCacheBytes/leafBytes))
 	p.zeroMaps.init(bs)
 	p.initCopies()
+	if where != nil {
+		if err := p.openJournal(*where); err != nil {
+			return nil, err
+		}
+	}
 	if !p.readOnly {
 		if err := p.data.findZero(0, m.DataBlocks()); err != nil {
-			return nil, err
+			return nil, errors.Join(err, p.closeJournal(true))
 		}
 	}
 	p.loops.Add(2)
@@ -225,7 +252,7 @@ func (p *Pool) Status(ctx context.Context) (engine.Status, error) {
 		TransactionID: p.meta.TransactionID(), Time: p.meta.Time(), HeldRoot: p.meta.HeldRoot(), Devices: len(devs),
 		LowWaterMark: p.opts.LowWaterMark, ErrorIfNoSpace: p.opts.ErrorIfNoSpace,
 		Commits: p.commits.writes.Load(), DataFlushes: p.data.flushes.Load(), MetaFlushes: p.metaFlushes.Load(),
-		HostBytes: -1,
+		HostBytes: -1, Journal: p.journalStatus(),
 	}
 	if err := p.failed(); err != nil {
 		s.FailReason = err.Error()
@@ -279,7 +306,7 @@ func (p *Pool) Close() error {
 	}
 	close(p.stop)
 	p.loops.Wait()
-	err = errors.Join(err, p.meta.Close(), p.data.Close())
+	err = errors.Join(err, p.closeJournal(err == nil), p.meta.Close(), p.data.Close())
 	p.events.close()
 	if p.onDone != nil {
 		p.onDone()

@@ -139,26 +139,23 @@ func (t *Thin) writeLocked(l *leaf, s payload, off int64) (int64, error) {
 	return n, err
 }
 
-// recordRun enters new mappings. Their contents are complete.
+// recordRun enters new mappings, all or none. Their contents are complete.
 func (t *Thin) recordRun(l *leaf, vb thin.VBlock, run thin.DataRun) error {
 	d := t.d
-	now := t.p.meta.Time()
-	for k := uint64(0); k < run.Len; k++ {
-		val := thin.Mapping{Block: run.Begin + thin.DataBlock(k), Time: now}.Pack()
-		for !d.record(l, vb+thin.VBlock(k), val) {
-			// The leaf was evicted. Nothing can fail once the first mapping is recorded but this
-			// read of metadata; what is recorded then stays.
-			var err error
-			if l, err = d.leafOf(vb); err != nil {
-				t.p.unadmit(int(run.Len - k))
-				if k > 0 {
-					return t.p.fail(err)
-				}
-				return err
-			}
+	val := thin.Mapping{Block: run.Begin, Time: t.p.meta.Time()}.Pack()
+	for {
+		ok, err := d.record(l, vb, run.Len, val)
+		if err == nil && !ok { // the leaf was evicted
+			l, err = d.leafOf(vb)
+		}
+		if err != nil {
+			t.p.unadmit(int(run.Len))
+			return err
+		}
+		if ok {
+			return nil
 		}
 	}
-	return nil
 }
 
 // fillBlocks prepares new data blocks for virtual blocks from vb on, where s begins at byte in of

@@ -21,6 +21,7 @@ var (
 	errWantReserve = errors.New("not even a metadata block of the reserve")
 	errWantHost    = errors.New("no space on the host")
 	errWantPending = errors.New("too many pending mappings")
+	errWantJournal = errors.New("no room in the journal")
 )
 
 // space is the out-of-data-space state of a pool:
@@ -132,7 +133,7 @@ func isHostFull(err error) bool {
 // when the write may try again. seq is what space.now said before the attempt.
 func (p *Pool) waitFor(t *Thin, why error, seq uint64, noWait bool) error {
 	switch {
-	case errors.Is(why, errWantPending):
+	case errors.Is(why, errWantPending), errors.Is(why, errWantJournal):
 		return p.commitNow()
 	case errors.Is(why, errWantMeta):
 		return p.waitMeta(false)
@@ -264,6 +265,9 @@ func (p *Pool) noSpaceError(t *Thin, host error, why string) error {
 func (p *Pool) admit(n int, reserve bool) error {
 	if p.readOnly {
 		return p.writable()
+	}
+	if p.journal != nil && p.journal.Full() {
+		return errWantJournal
 	}
 	total := p.pending.Add(int64(n))
 	if int(total) > 2*p.opts.MaxPending+n {

@@ -15,6 +15,7 @@ import (
 
 	"mica/dev"
 	"mica/dev/signature"
+	"mica/journal"
 	"mica/thin"
 )
 
@@ -187,6 +188,11 @@ func (f *formatter) run(ctx context.Context) (err error) {
 	if err := f.data.Flush(); err != nil {
 		return err
 	}
+	// A journal of what was there before is worth nothing from here on, and must not meet a pool
+	// that looks like that one.
+	if err := discardJournal(f.l); err != nil {
+		return err
+	}
 	err = thin.Format(f.meta, thin.FormatOptions{DataBlockSize: f.o.BlockSize, DataBlocks: uint64(dataBytes / f.o.BlockSize), Force: f.o.Force})
 	if err != nil {
 		return err
@@ -267,7 +273,13 @@ func open(ctx context.Context, l Location, o Options) (*Pool, error) {
 		meta.Close()
 		return nil, err
 	}
-	p, err := New(meta, data, o)
+	id, err := journal.Identify(l.MetadataPath())
+	if err != nil {
+		meta.Close()
+		data.Close()
+		return nil, err
+	}
+	p, err := openOn(meta, data, o, &id)
 	if err != nil {
 		return nil, err
 	}

@@ -99,7 +99,7 @@ func (t *Thin) write(s payload, off int64, do step, noWait bool) (done int64, er
 }
 
 func mustWait(err error) bool {
-	for _, w := range []error{errWantData, errWantMeta, errWantReserve, errWantHost, errWantPending} {
+	for _, w := range []error{errWantData, errWantMeta, errWantReserve, errWantHost, errWantPending, errWantJournal} {
 		if errors.Is(err, w) {
 			return true
 		}

@@ -93,9 +93,9 @@ func (t *Thin) unmapBlock(l *leaf, v thin.VBlock) (bool, error) {
 		t.p.unadmit(1)
 		return true, nil
 	}
-	if !t.d.record(l, v, absent) {
+	if ok, err := t.d.record(l, v, 1, absent); !ok {
 		t.p.unadmit(1)
-		return false, nil
+		return false, err
 	}
 	l.setParts(v, nil)
 	return true, nil

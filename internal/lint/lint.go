@@ -20,7 +20,8 @@ var Layers = []Layer{
 	{"engine", []string{"thin", "dev"}},
 	// Loop devices serve below the kernel engine as they do above the user engine.
 	{"engine/kernel/...", []string{"engine", "thin/...", "pdata/...", "dev/...", "internal/dmioctl", "export/loop"}},
-	{"engine/...", []string{"engine", "thin/...", "pdata/...", "dev/..."}},
+	{"engine/...", []string{"engine", "journal", "thin/...", "pdata/...", "dev/..."}},
+	{"journal", []string{"thin", "dev"}},
 	{"lvm", []string{"dev/..."}}, // storage set up with the LVM tools
 	{"thin/...", []string{"pdata/...", "dev/..."}},
 	{"pdata/spacemap", []string{"pdata/btree", "pdata/txn", "pdata/block", "dev"}},
