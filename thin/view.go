@@ -108,6 +108,18 @@ func (v *View) Devices() ([]DeviceInfo, error) {
 	return list, err
 }
 
+// Device returns the details of one device.
+func (v *View) Device(id DevID) (DeviceInfo, error) {
+	b, ok, err := v.reader(detailsSize).Lookup(v.sb.DetailsRoot, uint64(id))
+	if err == nil && !ok {
+		err = fmt.Errorf("thin %d: %w", id, ErrNotFound)
+	}
+	if err != nil {
+		return DeviceInfo{}, err
+	}
+	return DeviceInfo{id, decodeDetails(b)}, nil
+}
+
 func (v *View) root(id DevID) (block.Loc, error) {
 	b, ok, err := v.reader(8).Lookup(v.sb.MappingRoot, uint64(id))
 	if err == nil && !ok {

@@ -2,6 +2,7 @@ package dmioctl
 
 import (
 	"fmt"
+	"slices"
 	"strconv"
 	"strings"
 )
@@ -171,3 +172,26 @@ func (c *Control) ReleaseMetadataSnap(pool string) error {
 	_, err := c.Message(pool, "release_metadata_snap")
 	return err
 }
+
+// ParsePoolTable reads the table line of a thin-pool target; devices are MAJOR:MINOR.
+func ParsePoolTable(t Target) (ThinPool, error) {
+	f := strings.Fields(t.Params)
+	if t.Type != "thin-pool" || len(f) < 4 {
+		return ThinPool{}, fmt.Errorf("table line %q of type %q is none of a thin pool", t.Params, t.Type)
+	}
+	p := ThinPool{Metadata: f[0], Data: f[1], LengthSectors: t.Length}
+	var err error
+	if p.BlockSectors, err = strconv.ParseUint(f[2], 10, 64); err == nil {
+		p.LowWaterMark, err = strconv.ParseUint(f[3], 10, 64)
+	}
+	if err != nil {
+		return ThinPool{}, fmt.Errorf("table line %q: %w", t.Params, err)
+	}
+	if len(f) > 5 {
+		p.Features = f[5:]
+	}
+	return p, nil
+}
+
+// Has reports whether the pool has a feature.
+func (p ThinPool) Has(feature string) bool { return slices.Contains(p.Features, feature) }

@@ -85,10 +85,14 @@ func newRig() (*rig, error) {
 	if err := vm.BuildTestTo(ctx, dmTest, "mica/internal/dmioctl"); err != nil {
 		return nil, err
 	}
+	engineTest := filepath.Join(dir, "kernel.test")
+	if err := vm.BuildTestTo(ctx, engineTest, "mica/engine/kernel"); err != nil {
+		return nil, err
+	}
 	r.m, err = vm.Boot(ctx, vm.Config{
 		Disks:   []vm.Disk{{Path: r.data}, {Path: r.meta}},
-		Modules: []string{"dm-thin-pool"},
-		Files:   map[string]string{"/bin/kernelops": program, "/bin/dmioctl.test": dmTest},
+		Modules: []string{"dm-thin-pool", "dm-flakey", "loop"},
+		Files:   map[string]string{"/bin/kernelops": program, "/bin/dmioctl.test": dmTest, "/bin/kernel.test": engineTest},
 		CPUs:    1,
 	})
 	if err != nil {
