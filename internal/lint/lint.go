@@ -16,7 +16,7 @@ var Layers = []Layer{
 	{"snapshotter/...", []string{"layer/...", "engine", "thin", "dev"}},
 	{"image/...", []string{"layer/...", "dev"}},
 	{"layer/...", []string{"export/...", "engine/...", "thin", "dev/..."}},
-	{"export/...", []string{"export/...", "dev/..."}}, // they know dev.Device only
+	{"export/...", []string{"export/...", "dev/...", "internal/uring"}}, // they know dev.Device only
 	{"engine", []string{"thin", "dev"}},
 	// Loop devices serve below the kernel engine as they do above the user engine.
 	{"engine/kernel/...", []string{"engine", "thin/...", "pdata/...", "dev/...", "internal/dmioctl", "export/loop"}},
@@ -29,8 +29,9 @@ var Layers = []Layer{
 	{"pdata/txn", []string{"pdata/block", "dev"}},
 	{"pdata/block", []string{"dev"}},
 	{"dev/...", nil},
-	// Tools and helpers of tests. Nothing above imports them, but dmioctl.
+	// Tools and helpers of tests. Nothing above imports them, but dmioctl and uring.
 	{"internal/dmioctl", nil},
+	{"internal/uring", nil},
 	{"internal/...", []string{"internal/...", "daemon/...", "layer/...", "image/...", "export/...", "engine/...", "thin/...", "pdata/...", "dev/..."}},
 	{"test/...", []string{"internal/...", "daemon/...", "lvm", "layer/...", "image/...", "export/...", "engine/...", "thin/...", "pdata/...", "dev/..."}},
 	{"packaging/...", nil},               // units and rules, with the tests that read them
