@@ -130,15 +130,7 @@ func (s *Store) diffDevices(ctx context.Context, chain string, id thin.DevID, si
 	if err != nil {
 		return err
 	}
-	return s.useView(ctx, l.Device, l.body.SizeBytes, func(lower string) error {
-		return s.useView(ctx, id, size, func(upper string) error {
-			st, err := s.files.Diff(ctx, lower, upper, l.body.FSType, w)
-			for _, m := range st.Warnings {
-				s.log.Warn("diff", "device", id, "entry", m)
-			}
-			return err
-		})
-	})
+	return s.diffTrees(ctx, treeDev{l.Device, l.body.SizeBytes}, treeDev{id, size}, l.body.FSType, fmt.Sprintf("device %d", id), w)
 }
 
 // commitConfig is the configuration of a committed image: that of the container's image with one

@@ -18,6 +18,7 @@ import (
 	"time"
 
 	"mica/dev"
+	"mica/layer/archive"
 	"mica/layer/helper"
 	"mica/layer/internal/fake"
 )
@@ -37,9 +38,9 @@ func (f fakeFiles) with(node string, fn func(dev.Device) error) error {
 func (f fakeFiles) Mkfs(_ context.Context, node, _, _ string) error {
 	return f.with(node, func(d dev.Device) error {
 		sb := make([]byte, 1024)
-		binary.LittleEndian.PutUint16(sb[ext4Magic:], 0xef53)
-		binary.LittleEndian.PutUint16(sb[ext4State:], 1)
-		_, err := d.WriteAt(sb, ext4At)
+		binary.LittleEndian.PutUint16(sb[0x38:], 0xef53)
+		binary.LittleEndian.PutUint16(sb[0x3a:], 1) // unmounted in order
+		_, err := d.WriteAt(sb, 1024)
 		return err
 	})
 }
@@ -55,7 +56,7 @@ func (f fakeFiles) Apply(_ context.Context, node, _ string, _ bool, r io.Reader)
 	})
 }
 
-func (f fakeFiles) Diff(_ context.Context, lower, upper, _ string, w io.Writer) (helper.Stats, error) {
+func (f fakeFiles) Diff(_ context.Context, lower, upper, _ string, _ []archive.InodeRange, w io.Writer) (helper.Stats, error) {
 	return helper.Stats{}, f.with(upper, func(d dev.Device) error {
 		b := make([]byte, 64)
 		if _, err := d.ReadAt(b, 1<<20); err != nil {

@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"mica/engine"
+	"mica/layer/archive"
 	"mica/layer/catalog"
 	"mica/layer/helper"
 	"mica/thin"
@@ -65,7 +66,7 @@ var _ API = (*Store)(nil)
 type fileSystems interface {
 	Mkfs(ctx context.Context, node, fstype, uuid string) error
 	Apply(ctx context.Context, node, fstype string, trim bool, r io.Reader) (helper.Stats, error)
-	Diff(ctx context.Context, lower, upper, fstype string, w io.Writer) (helper.Stats, error)
+	Diff(ctx context.Context, lower, upper, fstype string, changed []archive.InodeRange, w io.Writer) (helper.Stats, error)
 	Replay(ctx context.Context, node, fstype string) error
 	Grow(ctx context.Context, node, fstype string) error
 	Trim(ctx context.Context, node, fstype string) (int64, error)

@@ -10,11 +10,10 @@ import (
 	"strings"
 	"time"
 
-	"golang.org/x/sys/unix"
-
 	"mica/engine"
 	"mica/layer/catalog"
 	"mica/layer/helper"
+	"mica/layer/ondisk"
 	"mica/thin"
 )
 
@@ -239,16 +238,6 @@ func (s *Store) thawRecord(ctx context.Context, path string) error {
 	return os.Remove(path)
 }
 
-// ext4 superblock, at byte 1024 of the device: offsets of fields, little-endian.
-const (
-	ext4At         = 1024
-	ext4Magic      = 0x38 // uint16, 0xef53
-	ext4State      = 0x3a // uint16, 1: unmounted in order, 2: errors
-	ext4Incompat   = 0x60 // uint32
-	ext4LastOrphan = 0xe8 // uint32
-	ext4Recover    = 0x4  // of incompat: the journal must be replayed
-)
-
 // isClean tells whether a device's file system can be mounted without its journal. It reads the
 // device itself, not a node.
 func (s *Store) isClean(ctx context.Context, id thin.DevID, size int64, fstype string) (bool, error) {
@@ -257,21 +246,9 @@ func (s *Store) isClean(ctx context.Context, id thin.DevID, size int64, fstype s
 		return false, err
 	}
 	defer t.Close()
-	if fstype == "xfs" {
-		clean, err := xfsClean(t)
-		if err != nil {
-			err = fmt.Errorf("device %d: %w", id, err)
-		}
-		return clean, err
+	clean, err := ondisk.Clean(t, fstype)
+	if err != nil {
+		err = fmt.Errorf("device %d: %w", id, err)
 	}
-	sb := make([]byte, 1024)
-	if _, err := t.ReadAt(sb, ext4At); err != nil {
-		return false, err
-	}
-	u16 := func(off int) uint16 { return uint16(sb[off]) | uint16(sb[off+1])<<8 }
-	u32 := func(off int) uint32 { return uint32(u16(off)) | uint32(u16(off+2))<<16 }
-	if u16(ext4Magic) != 0xef53 {
-		return false, fmt.Errorf("device %d: no ext4 superblock: %w", id, unix.EUCLEAN)
-	}
-	return u32(ext4Incompat)&ext4Recover == 0 && u32(ext4LastOrphan) == 0 && u16(ext4State)&1 != 0, nil
+	return clean, err
 }

@@ -20,6 +20,7 @@ import (
 	"go.uber.org/goleak"
 	"golang.org/x/sys/unix"
 
+	"mica/engine"
 	"mica/engine/user"
 	"mica/export/fuse"
 	"mica/export/holder"
@@ -102,6 +103,7 @@ type rig struct {
 
 	dataBytes   int64 // of the pool
 	noSpaceWait time.Duration
+	wrap        func(engine.Pool) engine.Pool // nil: as it is
 }
 
 func newRig(t testing.TB) *rig {
@@ -163,6 +165,9 @@ func (r *rig) tryOpen() error {
 		return err
 	}
 	o.Pool, o.Exporter = r.pool, e
+	if r.wrap != nil {
+		o.Pool = r.wrap(r.pool)
+	}
 	r.s, err = open(ctx, o, nil, r.fault)
 	if err != nil {
 		e.Close()
@@ -387,4 +392,16 @@ func few(n int) int {
 		return 1
 	}
 	return n
+}
+
+// eachFS runs a test on every kind of base file system.
+func eachFS(t *testing.T, fn func(t *testing.T, fs string)) {
+	for _, fs := range []string{"ext4", "xfs"} {
+		t.Run(fs, func(t *testing.T) {
+			if _, err := exec.LookPath("mkfs.xfs"); fs == "xfs" && err != nil {
+				t.Skip("SKIPPED: mkfs.xfs is not installed (package xfsprogs)")
+			}
+			fn(t, fs)
+		})
+	}
 }

@@ -142,20 +142,11 @@ func (s *Store) diffMounts(ctx context.Context, lower, upper string, w io.Writer
 		return "", err
 	}
 	defer release()
-	size, fstype := up.rec.body.SizeBytes, up.rec.body.FSType
-	diff := func(lowerNode string) error {
-		return s.useView(ctx, dev, size, func(upperNode string) error {
-			st, err := s.files.Diff(ctx, lowerNode, upperNode, fstype, w)
-			for _, warning := range st.Warnings {
-				s.log.Warn("diff", "object", up.ref, "entry", warning)
-			}
-			return err
-		})
+	var from treeDev
+	if lower != "" {
+		from = treeDev{low.rec.Device, low.rec.body.SizeBytes}
 	}
-	if lower == "" {
-		return level, diff("")
-	}
-	return level, s.useView(ctx, low.rec.Device, low.rec.body.SizeBytes, diff)
+	return level, s.diffTrees(ctx, from, treeDev{dev, up.rec.body.SizeBytes}, up.rec.body.FSType, up.ref, w)
 }
 
 // pinned returns a device that has the contents of m as of now, and does not change until release.

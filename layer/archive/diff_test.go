@@ -11,7 +11,6 @@ import (
 	"net"
 	"os"
 	"path/filepath"
-	"sort"
 	"strings"
 	"testing"
 	"time"
@@ -19,6 +18,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"mica/layer/archive/treecmp"
+	"mica/layer/internal/randtree"
 )
 
 func mustDiff(t testing.TB, lower, upper string, o DiffOptions) []byte {
@@ -213,128 +213,8 @@ func diffApplyRandom(t *testing.T, seed int64) {
 	sameTrees(t, fresh, up, treecmp.Options{})
 }
 
-// randomChanges makes n random changes to a tree, with few names so that they collide.
+// randomChanges makes n random changes to a tree.
 func randomChanges(t testing.TB, rng *rand.Rand, root string, n int) {
 	t.Helper()
-	names := []string{"a", "b", "c", "d.x", "-e", "\xff\xfe", "ü", "with space", "nl\n", strings.Repeat("long", 60)}
-	randomNamed(t, rng, root, n, names)
-}
-
-func randomNamed(t testing.TB, rng *rand.Rand, root string, n int, names []string) {
-	t.Helper()
-	check := func(err error) {
-		t.Helper()
-		if err != nil {
-			t.Fatal(err)
-		}
-	}
-	dirs := func() []string {
-		ds := []string{root}
-		filepath.WalkDir(root, func(p string, e os.DirEntry, err error) error {
-			if err == nil && e.IsDir() && p != root {
-				ds = append(ds, p)
-			}
-			return nil
-		})
-		sort.Strings(ds)
-		return ds
-	}
-	files := func() []string {
-		var fs []string
-		filepath.WalkDir(root, func(p string, e os.DirEntry, err error) error {
-			if err == nil && p != root {
-				fs = append(fs, p)
-			}
-			return nil
-		})
-		sort.Strings(fs)
-		return fs
-	}
-	pick := func(s []string) string { return s[rng.Intn(len(s))] }
-	attr := func(p string) {
-		st, err := os.Lstat(p)
-		check(err)
-		switch rng.Intn(4) {
-		case 0:
-			check(unix.Lsetxattr(p, "trusted.t", []byte{byte(rng.Intn(256)), 0, 1}, 0))
-		case 1:
-			if st.Mode().IsRegular() || st.IsDir() {
-				check(unix.Lsetxattr(p, "user.u"+fmt.Sprint(rng.Intn(3)), bytes.Repeat([]byte("v"), rng.Intn(300)), 0))
-			}
-		case 2:
-			if st.Mode().IsRegular() {
-				check(unix.Lsetxattr(p, "security.capability", []byte(fileCap), 0))
-			}
-		}
-	}
-	meta := func(p string) {
-		st, err := os.Lstat(p)
-		check(err)
-		check(os.Lchown(p, rng.Intn(3)*1000, rng.Intn(3)*100))
-		if st.Mode()&os.ModeSymlink == 0 {
-			check(unix.Chmod(p, []uint32{0o644, 0o755, 0o4755, 0o2711, 0o1777, 0o600, 0o6000}[rng.Intn(7)]))
-		}
-		attr(p)
-		if rng.Intn(2) == 0 {
-			chtimes(t, p, time.Unix(rng.Int63n(2_000_000_000), rng.Int63n(1_000_000_000)))
-		}
-	}
-	for range n {
-		p := filepath.Join(pick(dirs()), pick(names))
-		if len(p) > 3000 {
-			continue
-		}
-		switch op := rng.Intn(12); op {
-		case 0, 1, 2, 3: // file, in place if it is one
-			if st, err := os.Lstat(p); err == nil && !st.Mode().IsRegular() {
-				check(os.RemoveAll(p))
-			}
-			body := make([]byte, rng.Intn(3)*rng.Intn(20_000))
-			if rng.Intn(2) == 0 {
-				rng.Read(body)
-			}
-			check(os.WriteFile(p, body, 0o644))
-			if rng.Intn(4) == 0 {
-				check(os.Truncate(p, rng.Int63n(1<<20)))
-			}
-			meta(p)
-		case 4, 5:
-			if os.Mkdir(p, 0o755) == nil {
-				meta(p)
-			}
-		case 6:
-			check(os.RemoveAll(p))
-			check(os.Symlink(pick([]string{"a", "/b", "../c", "nowhere"}), p))
-			meta(p)
-		case 7:
-			check(os.RemoveAll(p))
-			dev := []uint32{unix.S_IFIFO, unix.S_IFCHR, unix.S_IFBLK}[rng.Intn(3)]
-			check(unix.Mknod(p, dev|0o600, int(unix.Mkdev(uint32(rng.Intn(300)), uint32(rng.Intn(3000))))))
-			meta(p)
-		case 8: // hard link
-			if fs := files(); len(fs) > 0 {
-				src := pick(fs)
-				if st, err := os.Lstat(src); err == nil && !st.IsDir() && src != p && !strings.HasPrefix(src, p+"/") {
-					check(os.RemoveAll(p))
-					check(os.Link(src, p))
-				}
-			}
-		case 9: // delete
-			if fs := files(); len(fs) > 0 {
-				check(os.RemoveAll(pick(fs)))
-			}
-		case 10: // rename
-			if fs := files(); len(fs) > 0 {
-				src := pick(fs)
-				if src != p && !strings.HasPrefix(p, src+"/") && !strings.HasPrefix(src, p+"/") {
-					check(os.RemoveAll(p))
-					check(os.Rename(src, p))
-				}
-			}
-		case 11:
-			if fs := files(); len(fs) > 0 {
-				meta(pick(fs))
-			}
-		}
-	}
+	randtree.Change(t, rng, root, n)
 }

@@ -35,6 +35,7 @@ type dirCache struct {
 	open map[string]*openDir
 	lru  list.List // of *openDir, most recent first, without the root
 	max  int
+	read bool // nothing is made in them: nobody asks for their default ACLs
 }
 
 const dirFlags = unix.O_RDONLY | unix.O_DIRECTORY | unix.O_NOFOLLOW | unix.O_CLOEXEC
@@ -126,7 +127,7 @@ func (c *dirCache) child(d *openDir, base string) (*openDir, error) {
 		unix.Close(fd)
 		return nil, fmt.Errorf("%s is a mount point: %w", quote(path), ErrEscape)
 	}
-	e := &openDir{path: path, fd: fd, defaultACL: hasDefaultACL(fd)}
+	e := &openDir{path: path, fd: fd, defaultACL: !c.read && hasDefaultACL(fd)}
 	e.elem = c.lru.PushFront(e)
 	c.open[path] = e
 	for v := c.lru.Back(); v != nil && v != e.elem && c.lru.Len() > c.max; {

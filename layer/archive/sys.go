@@ -2,10 +2,13 @@ package archive
 
 import (
 	"bytes"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"os"
+	"slices"
 	"sort"
+	"strings"
 
 	"golang.org/x/sys/unix"
 )
@@ -57,24 +60,69 @@ func pwriteAll(fd int, p []byte, off int64) error {
 	return nil
 }
 
-// readDirNames returns the sorted names in an open directory, from its beginning.
-func readDirNames(fd int) ([]string, error) {
+// A dirent is one name in a directory.
+type dirent struct {
+	name string
+	ino  uint64
+	typ  uint8 // unix.DT_*
+}
+
+// readDir returns what is in an open directory, sorted by name.
+func readDir(fd int) ([]dirent, error) {
 	if _, err := unix.Seek(fd, 0, unix.SEEK_SET); err != nil {
 		return nil, err
 	}
 	buf := make([]byte, 32<<10)
-	var names []string
+	var list []dirent
 	for {
 		n, err := retry(func() (int, error) { return unix.ReadDirent(fd, buf) })
 		if err != nil {
 			return nil, err
 		}
 		if n <= 0 {
-			sort.Strings(names)
-			return names, nil
+			slices.SortFunc(list, func(a, b dirent) int { return strings.Compare(a.name, b.name) })
+			return list, nil
 		}
-		_, _, names = unix.ParseDirent(buf[:n], -1, names)
+		list = parseDirents(list, buf[:n])
 	}
+}
+
+// readDirNames returns the sorted names in an open directory.
+func readDirNames(fd int) ([]string, error) {
+	list, err := readDir(fd)
+	names := make([]string, len(list))
+	for i, e := range list {
+		names[i] = e.name
+	}
+	return names, err
+}
+
+// parseDirents appends what getdents64 returned, in the host's byte order:
+//
+//	offset  size  field
+//	0       8     inode number; 0: a name that is gone
+//	8       8     where the next one is, for the kernel
+//	16      2     length of this entry
+//	18      1     type
+//	19            name, ended by a NUL
+func parseDirents(list []dirent, b []byte) []dirent {
+	const nameAt = 19
+	for len(b) > nameAt {
+		n := int(binary.NativeEndian.Uint16(b[16:]))
+		if n <= nameAt || n > len(b) {
+			return list
+		}
+		name := b[nameAt:n]
+		if end := bytes.IndexByte(name, 0); end >= 0 {
+			name = name[:end]
+		}
+		e := dirent{name: string(name), ino: binary.NativeEndian.Uint64(b), typ: b[18]}
+		if e.ino != 0 && e.name != "." && e.name != ".." {
+			list = append(list, e)
+		}
+		b = b[n:]
+	}
+	return list
 }
 
 // procPath is a path to base inside the open directory fd for the calls that know no *at form.

@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"mica/layer/archive/treecmp"
+	"mica/layer/internal/randtree"
 )
 
 // Real multi-layer images, made by umoci from trees with devices, attributes, hard links and
@@ -53,7 +54,7 @@ func compareWithUmoci(t *testing.T, seed int64) {
 		bundle := filepath.Join(dir, fmt.Sprint("bundle", i))
 		umoci("unpack", "--image", image+":t", bundle)
 		root := filepath.Join(bundle, "rootfs")
-		randomNamed(t, rng, root, 40, names)
+		randtree.ChangeNamed(t, rng, root, 40, names)
 		umoci("repack", "--image", image+":t", bundle)
 	}
 	// A directory that hides what was there, and one that is removed.

@@ -5,6 +5,8 @@ import (
 	"fmt"
 	"io"
 	"time"
+
+	"mica/layer/archive"
 )
 
 // A Client starts helpers. Its fields do not change after the first use. Safe for concurrent use.
@@ -145,9 +147,10 @@ func (c *Client) Apply(ctx context.Context, node, fstype string, trim bool, r io
 }
 
 // Diff writes the layer tar that leads from the tree on lower ("": an empty tree) to the one on
-// upper. Both are mounted read-only and must be clean.
-func (c *Client) Diff(ctx context.Context, lower, upper, fstype string, w io.Writer) (Stats, error) {
-	p, err := c.start(Request{Op: opDiff, Node: upper, Lower: lower, FSType: fstype, Dir: c.Dir}, streamOut)
+// upper. Both are mounted read-only and must be clean. changed, if not nil, are the inodes that may
+// differ between them: archive.DiffOptions.Changed.
+func (c *Client) Diff(ctx context.Context, lower, upper, fstype string, changed []archive.InodeRange, w io.Writer) (Stats, error) {
+	p, err := c.start(Request{Op: opDiff, Node: upper, Lower: lower, FSType: fstype, Changed: changed, Dir: c.Dir}, streamOut)
 	if err != nil {
 		return Stats{}, err
 	}

@@ -17,7 +17,7 @@ import (
 )
 
 // maxRequest bounds the request line in bytes.
-const maxRequest = 64 << 10
+const maxRequest = 128 << 10
 
 // streamFD is the descriptor of file contents.
 const streamFD = 3

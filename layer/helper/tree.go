@@ -56,7 +56,7 @@ func (h *job) diff(ctx context.Context) (resp Response, err error) {
 	if err != nil {
 		return resp, err
 	}
-	st, err := archive.Diff(ctx, lower, upper, out, archive.DiffOptions{Snapshot: true, Warn: h.warn})
+	st, err := archive.Diff(ctx, lower, upper, out, archive.DiffOptions{Snapshot: true, Changed: h.req.Changed, Warn: h.warn})
 	resp.Entries, resp.Bytes = st.Entries, st.Bytes
 	return resp, err
 }

@@ -1,4 +1,4 @@
-package layer
+package ondisk
 
 import (
 	"encoding/binary"
@@ -17,10 +17,16 @@ import (
 //	offset  size  field
 //	0       4     magic      "XFSB"
 //	4       4     blocksize  bytes
+//	8       8     dblocks    blocks of the file system
 //	48      8     logstart   first block of the log, as group and block in it; 0: the log is elsewhere
 //	84      4     agblocks   blocks of an allocation group
 //	96      4     logblocks
+//	100     2     version    its low four bits; 5 has checksums and feature words
+//	104     2     inodesize  bytes
+//	106     2     inopblock  inodes of a block
+//	123     1     inopblog   bits of the number of an inode in its block
 //	124     1     agblklog   bits of the block number within a group
+//	216     4     features that a kernel must know to mount it
 //
 // The log is a ring of records, each of which begins at a 512-byte sector with a header. No other
 // sector can begin with the header's magic: the first four bytes of every other one are replaced by
@@ -46,28 +52,57 @@ const (
 	xfsMaxLog    = 2 << 30
 )
 
-// xfsClean tells whether an XFS file system can be mounted without its log. It reads what of the log is
-// allocated.
-func xfsClean(d dev.Device) (bool, error) {
+// xfsSuperblock is what is read of it. Blocks are those of the file system.
+type xfsSuperblock struct {
+	block, agblocks    int64 // bytes of a block, blocks of a group
+	agbits, inodeBits  uint  // of a block's number in its group, of an inode's in its block
+	blocks             int64
+	logStart           uint64 // as group and block in it
+	logBytes           int64
+	inodeSize, inBlock int64 // bytes of an inode, inodes of a block
+	version            uint16
+	incompat           uint32
+}
+
+func readXFSSuper(d dev.Device) (s xfsSuperblock, err error) {
 	sb := make([]byte, xfsSector)
 	if _, err := d.ReadAt(sb, 0); err != nil {
-		return false, err
+		return s, err
 	}
 	be := binary.BigEndian
 	if be.Uint32(sb) != xfsSuper {
-		return false, fmt.Errorf("no XFS superblock: %w", unix.EUCLEAN)
+		return s, fmt.Errorf("no XFS superblock: %w", unix.EUCLEAN)
 	}
-	block, agblocks, agbits := int64(be.Uint32(sb[4:])), int64(be.Uint32(sb[84:])), sb[124]
-	start, length := be.Uint64(sb[48:]), int64(be.Uint32(sb[96:]))*block
-	if start == 0 || agbits > 31 || block < xfsSector || block > 64<<10 || length <= 0 || length > xfsMaxLog {
-		return false, fmt.Errorf("XFS log at block %d of %d bytes: %w", start, length, unix.EUCLEAN)
+	s = xfsSuperblock{block: int64(be.Uint32(sb[4:])), agblocks: int64(be.Uint32(sb[84:])), agbits: uint(sb[124]),
+		inodeBits: uint(sb[123]), logStart: be.Uint64(sb[48:]), inodeSize: int64(be.Uint16(sb[104:])),
+		inBlock: int64(be.Uint16(sb[106:])), version: be.Uint16(sb[100:]) & 15, incompat: be.Uint32(sb[216:])}
+	if n := be.Uint64(sb[8:]); n <= 1<<52 {
+		s.blocks = int64(n)
 	}
-	at := (int64(start>>agbits)*agblocks + int64(start&(1<<agbits-1))) * block
+	if s.agbits > 31 || s.agblocks == 0 || s.agblocks > 1<<s.agbits || s.block < xfsSector || s.block > 64<<10 {
+		return s, fmt.Errorf("XFS groups of %d blocks of %d bytes: %w", s.agblocks, s.block, unix.EUCLEAN)
+	}
+	s.logBytes = int64(be.Uint32(sb[96:])) * s.block
+	return s, nil
+}
+
+// xfsClean tells whether an XFS file system can be mounted without its log. It reads what of the log is
+// allocated.
+func xfsClean(d dev.Device) (bool, error) {
+	s, err := readXFSSuper(d)
+	if err != nil {
+		return false, err
+	}
+	be, length := binary.BigEndian, s.logBytes
+	if s.logStart == 0 || length <= 0 || length > xfsMaxLog {
+		return false, fmt.Errorf("XFS log at block %d of %d bytes: %w", s.logStart, length, unix.EUCLEAN)
+	}
+	at := (int64(s.logStart>>s.agbits)*s.agblocks + int64(s.logStart&(1<<s.agbits-1))) * s.block
 	if err := dev.CheckRange(at, length, d.Size()); err != nil {
 		return false, fmt.Errorf("XFS log: %w: %w", unix.EUCLEAN, err)
 	}
 	newest, newestAt := uint64(0), int64(-1)
-	err := eachAllocated(d, at, length, func(p []byte, off int64) {
+	err = eachAllocated(d, at, length, func(p []byte, off int64) {
 		for i := 0; i+xfsSector <= len(p); i += xfsSector {
 			if be.Uint32(p[i:]) != xfsRecord {
 				continue

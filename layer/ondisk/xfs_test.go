@@ -1,4 +1,4 @@
-package layer
+package ondisk
 
 import (
 	"encoding/binary"
