@@ -71,6 +71,9 @@ func (s *Store) openNoting(ctx context.Context, id string, dev thin.DevID, size,
 	if lost != nil {
 		l.noted = &noting{Thin: l.t, lost: lost}
 		served = l.noted
+		if n, ok := l.t.(export.Noder); ok {
+			served = notedNode{l.noted, n}
+		}
 	}
 	switch {
 	case a.As == AsNBD && s.o.NBD == nil:

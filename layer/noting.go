@@ -7,6 +7,7 @@ import (
 
 	"mica/dev"
 	"mica/engine"
+	"mica/export"
 )
 
 // A noting is a device that remembers whether a write to it has failed. Whoever wrote may never
@@ -21,6 +22,19 @@ type noting struct {
 func (d *noting) WriteAt(p []byte, off int64) (int, error) {
 	n, err := d.Thin.WriteAt(p, off)
 	return n, d.note(err)
+}
+
+// A notedNode is a noting device that the kernel has a node for. Writes to the node do not pass
+// through here: the device itself says whether some may have failed.
+type notedNode struct {
+	*noting
+	export.Noder
+}
+
+// hasFailed reports whether a write to the device has failed, or may have.
+func (d *noting) hasFailed() bool {
+	l, ok := d.Thin.(interface{ Lost() bool })
+	return d.failed.Load() || ok && l.Lost()
 }
 
 // WriteAtNoWait is that of the device, where it has one: exports ask for it by name.

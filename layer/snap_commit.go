@@ -64,7 +64,7 @@ func (n *SnapStore) commit(ctx context.Context, name, key, parent string, labels
 		return err
 	}
 	l := s.liveOf(r.body.ID)
-	if r.body.LostWrites || l != nil && l.noted != nil && l.noted.failed.Load() {
+	if r.body.LostWrites || l != nil && l.noted != nil && l.noted.hasFailed() {
 		return fmt.Errorf("writes to it failed, its contents are not complete: %w", ErrNoSpace)
 	}
 	next := r
@@ -79,7 +79,7 @@ func (n *SnapStore) commit(ctx context.Context, name, key, parent string, labels
 		switch {
 		case err == nil:
 			own = l.own
-			if l.noted != nil && l.noted.failed.Load() { // by the flush of the detach
+			if l.noted != nil && l.noted.hasFailed() { // by the flush of the detach
 				return fmt.Errorf("writes to it failed, its contents are not complete: %w", ErrNoSpace)
 			}
 		case errors.Is(err, ErrBusy) && s.liveOf(r.body.ID) == l:

@@ -17,6 +17,8 @@ type events struct {
 	poller *dmioctl.Poller
 	// lossy counts the times at which the pool was seen in a state in which writes fail.
 	lossy atomic.Int64
+	// before says that there were events of the pool before this process watched it.
+	before bool
 
 	mu   sync.Mutex
 	subs map[chan engine.Event]struct{} // guarded by mu

@@ -52,6 +52,7 @@ func (p *Pool) takeOver(info dmioctl.Info) error {
 	if err := p.found(info); err != nil {
 		return err
 	}
+	p.events.before = info.Event > 0
 	if info.Suspended() {
 		p.log.Warn("the pool was left suspended", "pool", p.src.String())
 		if err := p.dm.Resume(p.name); err != nil {

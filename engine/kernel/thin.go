@@ -25,7 +25,7 @@ type Thin struct {
 	id       thin.DevID
 	readOnly bool
 	origin   dev.Device // external origin, or nil
-	opened   int64      // Pool.events.lossy when it was opened
+	opened   int64      // Pool.events.lossy when it was opened; -1: nobody watched before
 	under    *medium    // loop device of an external origin that is a file
 
 	mu     sync.RWMutex // held for reading by requests, for writing by changes of node and length
@@ -80,7 +80,11 @@ func (p *Pool) openThin(ctx context.Context, id thin.DevID, o engine.OpenOptions
 		t.info, t.name, err = p.makeView(id, table)
 	} else {
 		t.name = thinName(p.id, id)
-		t.info, err = p.makeThin(t.name, table)
+		var found bool
+		t.info, found, err = p.makeThin(t.name, table)
+		if found && p.events.before {
+			t.opened = -1
+		}
 	}
 	if err != nil {
 		return nil, p.openErr(err)
@@ -158,31 +162,31 @@ func (p *Pool) release(id thin.DevID, readOnly bool) {
 	}
 }
 
-// makeThin makes the writable node of a device, or takes over a leftover one: then only what
-// differs is changed, so that whoever has it mounted notices nothing.
-func (p *Pool) makeThin(name string, table dmioctl.Target) (dmioctl.Info, error) {
-	info, err := p.dm.Activate(name, name, false, table)
+// makeThin makes the writable node of a device, or takes over a leftover one (found): then only
+// what differs is changed, so that whoever has it mounted notices nothing.
+func (p *Pool) makeThin(name string, table dmioctl.Target) (info dmioctl.Info, found bool, err error) {
+	info, err = p.dm.Activate(name, name, false, table)
 	if !errors.Is(err, unix.EBUSY) {
-		return info, err
+		return info, false, err
 	}
 	info, ierr := p.dm.Info(name)
 	if ierr != nil || info.UUID != name {
-		return info, errors.Join(err, ierr)
+		return info, false, errors.Join(err, ierr)
 	}
 	if err := p.dm.CancelRemove(name); err != nil {
-		return info, err
+		return info, false, err
 	}
 	live, err := p.dm.Table(name)
 	if err != nil {
-		return info, err
+		return info, false, err
 	}
 	if len(live) != 1 || live[0].Type != table.Type || live[0].Params != table.Params || live[0].Length != table.Length {
 		if err := p.dm.Reload(name, false, true, true, table); err != nil {
-			return info, err
+			return info, false, err
 		}
 	}
 	p.takeLeftover(name)
-	return info, nil
+	return info, true, nil
 }
 
 // makeView makes a read-only node.
