@@ -32,6 +32,10 @@ func TestMain(m *testing.M) {
 		}
 		os.Exit(0)
 	}
+	if plan := os.Getenv(killEnv); plan != "" {
+		fmt.Fprintln(os.Stderr, runKilled(plan))
+		os.Exit(1)
+	}
 	os.Exit(m.Run())
 }
 
