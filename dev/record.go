@@ -51,7 +51,12 @@ func (l *CrashLog) Wrap(d Device) (*Recorder, error) {
 	if err := copyDevice(base, d); err != nil {
 		return nil, err
 	}
-	return &Recorder{forward: forward{d}, log: l, id: l.add(base, nil)}, nil
+	return l.WrapOn(d, base), nil
+}
+
+// WrapOn is Wrap for a device whose contents are those of base, which the log clones.
+func (l *CrashLog) WrapOn(d Device, base *Mem) *Recorder {
+	return &Recorder{forward: forward{d}, log: l, id: l.add(base.Clone(), nil)}
 }
 
 func (l *CrashLog) add(base *Mem, recs []crashRec) int {

@@ -21,10 +21,11 @@ type Setup struct {
 	MetaBlocks    int64
 	MaxMetaBlocks int64
 	Workers       int
-	Private       int   // slots of each worker
-	Shared        int   // slots that all workers write at the same time, each its own sectors
-	Sectors       int64 // of a device
-	Origin        bool  // slot 0 of each worker lies over an external origin
+	Private       int    // slots of each worker
+	Shared        int    // slots that all workers write at the same time, each its own sectors
+	Sectors       int64  // of a device
+	Origin        bool   // all devices lie over an external origin
+	Jitter        uint64 // not 0: requests of the media take their time, by this seed
 	Options       user.Options
 }
 
@@ -61,7 +62,7 @@ func Generate(rng *rand.Rand, s Setup, n int) Ops {
 			return own(true)
 		}
 		ok := true
-		switch rng.IntN(32) {
+		switch rng.IntN(34) {
 		case 0, 1:
 			if o.Slot, ok = any(); ok {
 				o.Kind = Snap
@@ -121,6 +122,11 @@ func Generate(rng *rand.Rand, s Setup, n int) Ops {
 			o.Kind = ZeroKeep
 			s.span(rng, &o, any, &ok)
 		case 17, 18:
+			o.Kind = Peek
+			o.Slot = rng.IntN(s.slots())
+			o.Off = rng.Int64N(s.Sectors)
+			o.N = min(s.Sectors-o.Off, 1+rng.Int64N(200))
+		case 19, 20:
 			o.Kind = FUA
 			s.span(rng, &o, any, &ok)
 		default:

@@ -89,6 +89,18 @@ func (d *Device) flushed(f span) {
 	d.flushes = append(d.flushes, f)
 }
 
+func (d *Device) handle() engine.Thin {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.h
+}
+
+func (d *Device) setHandle(h engine.Thin) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.h = h
+}
+
 func (d *Device) voidAt(s int64) uint64 {
 	if d.void == nil {
 		return 0
@@ -179,6 +191,20 @@ func (d *Device) check(p []byte, first int64, sure, cut int, deleting bool) erro
 		case d.may(s, stamp, sure, cut):
 		default:
 			return d.wrong(s, b, sure, cut)
+		}
+	}
+	return nil
+}
+
+// peeked judges what was read while the device may have been changed: each sector must be whole
+// and hold what it held at some time.
+func (d *Device) peeked(p []byte, first int64) error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	for i := int64(0); i < int64(len(p))/SectorBytes; i++ {
+		s, b := first+i, p[i*SectorBytes:(i+1)*SectorBytes]
+		if stamp, whole := readStamp(b); !whole || !d.ever(s, stamp) {
+			return d.wrong(s, b, 0, 0)
 		}
 	}
 	return nil

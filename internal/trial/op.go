@@ -23,6 +23,7 @@ const (
 	ZeroKeep             // write zeroes that stay allocated
 	Discard              //
 	Read                 // and compare
+	Peek                 // read what another worker may be changing: all must be the device's own
 	Flush                // Slot
 	Commit               // the pool
 	GrowData             // by N blocks
@@ -35,7 +36,7 @@ const (
 )
 
 var kindNames = [kinds]string{"create", "snap", "snap2", "delete", "reopen", "write", "fua", "zero", "zerokeep",
-	"discard", "read", "flush", "commit", "growdata", "growmeta", "txid", "hold", "unhold", "trim"}
+	"discard", "read", "peek", "flush", "commit", "growdata", "growmeta", "txid", "hold", "unhold", "trim"}
 
 func (k Kind) String() string { return kindNames[k] }
 

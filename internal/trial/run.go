@@ -6,7 +6,10 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"math/rand/v2"
+	"runtime"
 	"sync"
+	"time"
 
 	"mica/dev"
 	"mica/engine"
@@ -56,17 +59,16 @@ func Start(s Setup, meta, data *dev.Mem, wrap func(meta, data dev.Device) (dev.D
 			t.void[i] = stampOf(1<<16-1, int64(i), 1)
 		}
 	}
-	var err error
-	if t.Meta, err = t.Log.Wrap(meta); err != nil {
-		return nil, err
+	m, d := dev.Device(meta), dev.Device(data)
+	if s.Jitter != 0 {
+		m, d = jitter(m, s.Jitter), jitter(d, s.Jitter+1)
 	}
-	if t.Data, err = t.Log.Wrap(data); err != nil {
-		return nil, err
-	}
-	m, d := dev.Device(t.Meta), dev.Device(t.Data)
+	t.Meta, t.Data = t.Log.WrapOn(m, meta), t.Log.WrapOn(d, data)
+	m, d = t.Meta, t.Data
 	if wrap != nil {
 		m, d = wrap(m, d)
 	}
+	var err error
 	if t.Pool, err = user.New(m, d, s.Options); err != nil {
 		return nil, err
 	}
@@ -81,6 +83,27 @@ func Start(s Setup, meta, data *dev.Mem, wrap func(meta, data dev.Device) (dev.D
 		}
 	}
 	return t, nil
+}
+
+// jitter makes some requests take a while, flushes more often than others.
+func jitter(d dev.Device, seed uint64) dev.Device {
+	var mu sync.Mutex
+	rng := rand.New(rand.NewPCG(seed, 3))
+	f := dev.NewFault(d)
+	f.Add(dev.Rule{Pass: true, Before: func(op dev.Op, _, _ int64) {
+		mu.Lock()
+		k, n := rng.IntN(16), rng.IntN(100)
+		mu.Unlock()
+		switch {
+		case k == 0 || op == dev.OpFlush && k < 5:
+			time.Sleep(time.Duration(n) * time.Microsecond)
+		case k < 6:
+			for range n / 8 {
+				runtime.Gosched()
+			}
+		}
+	}})
+	return f
 }
 
 // Format makes the images of an empty pool.
@@ -179,7 +202,7 @@ func (t *Trial) settle(d, origin *Device, made span) error {
 		}
 		d.base[s] = stamp
 	}
-	d.h = h
+	d.h = h // under mu: others peek
 	return nil
 }
 
@@ -269,7 +292,7 @@ func (t *Trial) do(o Op, buf []byte) error {
 		return err
 	}
 	d := t.at(o.Slot)
-	if d == nil || d.h == nil {
+	if d == nil || d.handle() == nil {
 		return nil
 	}
 	off, n := o.Off*SectorBytes, o.N*SectorBytes
@@ -286,6 +309,14 @@ func (t *Trial) do(o Op, buf []byte) error {
 		}
 		if err := d.check(buf[:n], o.Off, t.Log.Now(), t.Log.Now(), false); err != nil {
 			return &Wrong{fmt.Errorf("read: %w", err)}
+		}
+		return nil
+	case Peek:
+		if _, err := d.handle().ReadAt(buf[:n], off); err != nil {
+			return ignore(err, dev.ErrClosed)
+		}
+		if err := d.peeked(buf[:n], o.Off); err != nil {
+			return &Wrong{fmt.Errorf("peek: %w", err)}
 		}
 		return nil
 	case Discard:
@@ -366,7 +397,10 @@ func (t *Trial) create(o Op) error {
 		return err
 	}
 	d := t.newDevice(o.Slot, span{begin, t.Log.Now()})
-	d.h, err = t.Pool.Open(ctx, d.ID, t.openOptions(false))
+	h, err := t.Pool.Open(ctx, d.ID, t.openOptions(false))
+	if err == nil {
+		d.setHandle(h)
+	}
 	return err
 }
 
@@ -440,10 +474,11 @@ func equal(a, b []uint64) bool {
 }
 
 func (t *Trial) delete(d *Device) error {
-	if err := d.h.Close(); err != nil {
+	h := d.handle()
+	d.setHandle(nil)
+	if err := h.Close(); err != nil {
 		return err
 	}
-	d.h = nil
 	d.mu.Lock()
 	d.deleted.begin = t.Log.Now()
 	d.mu.Unlock()
@@ -458,12 +493,14 @@ func (t *Trial) delete(d *Device) error {
 }
 
 func (t *Trial) reopen(d *Device) error {
-	if err := d.h.Close(); err != nil {
+	old := d.handle()
+	d.setHandle(nil)
+	if err := old.Close(); err != nil {
 		return err
 	}
 	h, err := t.Pool.Open(ctx, d.ID, t.openOptions(false))
-	if d.h = h; err != nil {
-		d.h = nil
+	if err == nil {
+		d.setHandle(h)
 	}
 	return err
 }

@@ -37,6 +37,9 @@ func setup(rng *rand.Rand) trial.Setup {
 	case 2:
 		s.Origin = true
 	}
+	if rng.IntN(2) == 0 {
+		s.Jitter = 1 + rng.Uint64()>>1
+	}
 	s.Sectors = 4*s.BlockSize/trial.SectorBytes + 8
 	// From just too little for everything to twice as much: blocks are used again soon.
 	need := uint64(s.Workers*s.Private+s.Shared) * 5
@@ -100,7 +103,11 @@ func run(seed uint64, cuts int, c *counter) *failure {
 	}
 	c.runs.Add(1)
 	for life := range 1 + rng.IntN(3) {
-		ops := trial.Generate(rng, s, 40+rng.IntN(160))
+		n := 40 + rng.IntN(160)
+		if rng.IntN(8) == 0 {
+			n *= 4
+		}
+		ops := trial.Generate(rng, s, n)
 		c.lives.Add(1)
 		c.ops.Add(int64(len(ops)))
 		l, err := live(s, meta, data, ops, nil)
