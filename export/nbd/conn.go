@@ -36,6 +36,7 @@ type conn struct {
 
 	draining atomic.Bool // answer what was received with ESHUTDOWN and end
 	late     int         // requests received while draining; the reader's own
+	leaving  atomic.Bool // end without beginning another request: see RawConn.Leave
 
 	sendMu  sync.Mutex // one message at a time on the link
 	sendErr error      // guarded by sendMu: the first; nothing is sent after it
@@ -74,6 +75,9 @@ func (c *conn) drain() {
 
 func (c *conn) readRequests() error {
 	for {
+		if c.leaving.Load() {
+			return nil
+		}
 		if c.in.buffered() < requestSize {
 			if c.draining.Load() {
 				if c.late++; c.late > maxLate {
@@ -108,7 +112,7 @@ func (c *conn) readRequests() error {
 
 // endOf turns the reason why no request can be received into run's error.
 func (c *conn) endOf(err error) error {
-	if c.draining.Load() && errors.Is(err, os.ErrDeadlineExceeded) {
+	if (c.draining.Load() || c.leaving.Load()) && errors.Is(err, os.ErrDeadlineExceeded) {
 		return nil
 	}
 	if err == io.EOF && c.in.buffered() == 0 {
