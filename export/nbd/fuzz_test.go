@@ -3,12 +3,14 @@ package nbd
 import (
 	"bytes"
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"io"
 	"sync"
 	"testing"
 
 	"mica/dev"
+	"mica/internal/mutate"
 )
 
 // A memLink is a link whose client has sent in and takes everything.
@@ -95,29 +97,41 @@ func FuzzRequests(f *testing.F) {
 		f.Add(s, uint16(1+i*7919), true)
 		f.Add(s, uint16(65535), false)
 	}
-	f.Fuzz(func(t *testing.T, stream []byte, step uint16, structured bool) {
-		if len(stream) > 600<<10 {
-			t.Skip("longer streams say nothing new")
-		}
-		m := newTryMem(1 << 20)
-		if _, err := m.WriteAt(bytes.Repeat([]byte{3}, 300<<10), 64<<10); err != nil {
-			t.Fatal(err)
-		}
-		e, err := newExport("", m, ExportOptions{})
-		if err != nil {
-			t.Fatal(err)
-		}
-		tm := e.terms(structured)
-		tm.allocation = structured
-		l := &memLink{in: stream, step: int(step) + 1}
-		c := newConn(e, tm, l, 6, newBudget(1<<20), quiet)
-		c.run()
-		if l.full {
-			return
-		}
-		if err := checkReplies(stream, l.out, structured); err != nil {
-			t.Error(err)
-		}
+	f.Fuzz(playRequests)
+}
+
+func playRequests(t *testing.T, stream []byte, step uint16, structured bool) {
+	if len(stream) > 600<<10 {
+		return // longer streams say nothing new
+	}
+	m := newTryMem(1 << 20)
+	if _, err := m.WriteAt(bytes.Repeat([]byte{3}, 300<<10), 64<<10); err != nil {
+		t.Fatal(err)
+	}
+	e, err := newExport("", m, ExportOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	tm := e.terms(structured)
+	tm.allocation = structured
+	l := &memLink{in: stream, step: int(step) + 1}
+	c := newConn(e, tm, l, 6, newBudget(1<<20), quiet)
+	c.run()
+	if l.full {
+		return
+	}
+	if err := checkReplies(stream, l.out, structured); err != nil {
+		t.Error(err)
+	}
+}
+
+// TestRequestsMutated is FuzzRequests for a moment. A connection holds some MiB of buffers
+// whatever it is sent; replies may be as long as the reads that are asked for.
+func TestRequestsMutated(t *testing.T) {
+	n := uint16(0)
+	mutate.Test(t, "FuzzRequests", requestSeeds(), mutate.Options{Inputs: 1500, MaxBytes: 600 << 10}, func(t *testing.T, b []byte) {
+		n += 7919
+		playRequests(t, b, n|1, n&2 != 0)
 	})
 }
 
@@ -262,35 +276,67 @@ func handshakeSeeds() [][]byte {
 		join(3, option(8, nil), option(10, append(str32("a"), 0, 0, 0, 1, 255, 255, 255, 255))),
 		append(join(3), append([]byte("IHAVEOPT"), 0, 0, 0, 7, 255, 255, 255, 255)...),
 		join(3, bytes.Repeat(option(99, nil), 300)),
+		join(3, option(5, nil), option(8, nil), option(7, goData("a"))),
+		join(3, option(5, []byte("x")), option(5, nil), option(5, nil), option(7, goData("a"))),
+		join(3, option(3, nil), option(7, goData("a")), option(1, []byte("a"))),
+		join(3, option(7, make([]byte, maxPlain+1)), option(5, nil)),
 	}
 }
 
-// FuzzHandshake plays a client's part of a handshake. It ends in an export or an error, and
-// what the server sends is in proportion to what it got.
+// FuzzHandshake plays a client's part of a handshake, with and without TLS forced. It ends in an
+// export or an error, what the server sends is in proportion to what it got, and where TLS is
+// forced there is no export before it.
 func FuzzHandshake(f *testing.F) {
 	for _, s := range handshakeSeeds() {
 		f.Add(s)
 	}
+	f.Fuzz(playHandshake(f))
+}
+
+// TestHandshakeMutated is FuzzHandshake for a moment.
+func TestHandshakeMutated(t *testing.T) {
+	words := []string{"IHAVEOPT\x00\x00\x00\x07", "IHAVEOPT\x00\x00\x00\x05\x00\x00\x00\x00", "\x00\x00\x00\x01a", "base:allocation", "base:"}
+	mutate.Test(t, "FuzzHandshake", handshakeSeeds(), mutate.Options{Inputs: 4000, Words: words, AllocBase: 1 << 20, AllocPerByte: 64}, playHandshake(t))
+}
+
+// errNoTLS: the client's TLS was none. Where it is taken for good, what follows is in the clear.
+var errNoTLS = errors.New("no TLS after all")
+
+func playHandshake(tb testing.TB) func(t *testing.T, stream []byte) {
 	table := fixedTable{}
 	for _, n := range []string{"a", "b"} {
 		e, err := newExport(n, dev.NewMem(1<<20), ExportOptions{Description: "export " + n})
 		if err != nil {
-			f.Fatal(err)
+			tb.Fatal(err)
 		}
 		table[n] = e
 	}
-	f.Fuzz(func(t *testing.T, stream []byte) {
-		p := &pipe{Reader: bytes.NewReader(stream)}
-		h := &handshake{rw: p, table: table}
-		e, tm, err := h.run()
-		if (e == nil) != (err != nil) {
-			t.Errorf("export %v, error %v", e, err)
+	return func(t *testing.T, stream []byte) {
+		for _, forced := range []bool{false, true} {
+			p := &pipe{Reader: bytes.NewReader(stream)}
+			h := &handshake{rw: p, table: table}
+			starts := 0
+			if forced {
+				h.upgrade = func() (io.ReadWriter, error) {
+					if starts++; starts > 1 || len(stream)%7 == 0 {
+						return nil, errNoTLS
+					}
+					return p, nil
+				}
+			}
+			e, tm, err := h.run()
+			if (e == nil) != (err != nil) {
+				t.Errorf("export %v, error %v", e, err)
+			}
+			if e != nil && (table[e.name] != e || tm.size != 1<<20 || tm.allocation && !tm.structured) {
+				t.Errorf("export %q, terms %+v", e.name, tm)
+			}
+			if starts > 1 || e != nil && forced && starts == 0 {
+				t.Errorf("export %v after %d times TLS, want one", e, starts)
+			}
+			if limit := 18 + 200 + len(stream)/optionSize*300 + 3*len(stream); p.n > limit {
+				t.Errorf("%d bytes sent for %d received", p.n, len(stream))
+			}
 		}
-		if e != nil && (table[e.name] != e || tm.size != 1<<20 || tm.allocation && !tm.structured) {
-			t.Errorf("export %q, terms %+v", e.name, tm)
-		}
-		if limit := 18 + 200 + len(stream)/optionSize*300 + 3*len(stream); p.n > limit {
-			t.Errorf("%d bytes sent for %d received", p.n, len(stream))
-		}
-	})
+	}
 }
