@@ -19,7 +19,7 @@ var Layers = []Layer{
 	{"export/...", []string{"export/...", "dev/...", "internal/uring"}}, // they know dev.Device only
 	{"engine", []string{"thin", "dev"}},
 	// Loop devices serve below the kernel engine as they do above the user engine.
-	{"engine/kernel/...", []string{"engine", "thin/...", "pdata/...", "dev/...", "internal/dmioctl", "export/loop"}},
+	{"engine/kernel/...", []string{"engine", "journal", "thin/...", "pdata/...", "dev/...", "internal/dmioctl", "export/loop"}},
 	{"engine/...", []string{"engine", "journal", "thin/...", "pdata/...", "dev/..."}},
 	{"journal", []string{"thin", "dev"}},
 	{"lvm", []string{"dev/..."}}, // storage set up with the LVM tools
