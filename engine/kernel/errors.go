@@ -17,6 +17,9 @@ var ErrUnavailable = errors.New("the kernel engine is not available")
 // ErrForeign: an active pool that is not empty, or not mica's to use.
 var ErrForeign = errors.New("the pool belongs to somebody else")
 
+// ErrJournal: acknowledged writes of the user engine wait to be taken over.
+var ErrJournal = errors.New("a journal of the user engine waits")
+
 // messageErr explains the errno of a message about a thin device (and the one that it is made
 // from).
 func (p *Pool) messageErr(what string, err error) error {

@@ -15,6 +15,7 @@ import (
 	"mica/dev"
 	"mica/engine"
 	"mica/internal/dmioctl"
+	"mica/journal"
 	"mica/thin"
 )
 
@@ -182,10 +183,8 @@ func (p *Pool) checkBlockSize(have int64) error {
 
 // activate makes the pool's device.
 func (p *Pool) activate(ctx context.Context) (err error) {
-	if p.opts.Before != nil {
-		if err := p.opts.Before(p.meta.path); err != nil {
-			return err
-		}
+	if err := p.noJournal(); err != nil {
+		return err
 	}
 	for _, m := range []*medium{p.meta, p.data} {
 		if m.isFile() {
@@ -215,6 +214,25 @@ func (p *Pool) activate(ctx context.Context) (err error) {
 		return p.refused(err)
 	}
 	return p.found(info)
+}
+
+// noJournal refuses a pool for which a journal of the user engine waits: what was acknowledged
+// before its process was killed would be lost.
+func (p *Pool) noJournal() error {
+	if p.opts.ReadOnly {
+		return nil
+	}
+	w, err := journal.WaitingFor(p.meta.path, journal.Options{})
+	switch {
+	case err != nil:
+		return fmt.Errorf("look for a journal of the user engine: %w", err)
+	case w == nil:
+		return nil
+	case w.Entries > 0:
+		return fmt.Errorf("%w: %s has %d changes that the pool lacks: open it once with the user engine, which takes them over", ErrJournal, w.Path, w.Entries)
+	}
+	p.log.Error("a journal of the user engine cannot be taken over any more", "journal", w.Path, "reason", w.Why)
+	return nil
 }
 
 // free says who holds a block device that the kernel would refuse to share.

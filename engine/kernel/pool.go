@@ -31,10 +31,7 @@ type Options struct {
 	BlockSize int64
 	// Adopt takes an active pool (Source.Pool) that has thin devices already. They are foreign to
 	// whoever did not make them.
-	Adopt bool
-	// Before, if not nil, is asked before a pool that is not active is activated; its error keeps
-	// the pool closed. It is told where the metadata is.
-	Before   func(metadataPath string) error
+	Adopt    bool
 	LockWait time.Duration // how long Open waits for a dying predecessor; 0: 10 s
 	Logger   *slog.Logger  // nil: slog.Default
 }
