@@ -44,7 +44,7 @@ func newKillBox(t *testing.T) *killBox {
 	k.rng = rand.New(rand.NewSource(k.seed))
 	k.loc = Location{Dir: filepath.Join(k.dir, "pool")}
 	must(t, Format(ctx, k.loc, FormatOptions{DataBytes: 160 << 20}))
-	t.Cleanup(func() { must(t, discardJournal(k.loc)) })
+	t.Cleanup(func() { must(t, DiscardJournal(k.loc)) })
 	p, err := Open(ctx, k.loc, Options{})
 	must(t, err)
 	for d := range killDevices {

@@ -40,7 +40,7 @@ type Options struct {
 	// A pool opened for writing by Open keeps a journal in memory, so that nothing acknowledged is
 	// lost when only the process dies. NoJournal goes without, JournalOptional does so where there
 	// is no place for one; what an earlier opener has left is taken over all the same.
-	// JournalBytes is its length (0: 64 MiB), JournalDirs are places instead of the usual ones.
+	// JournalBytes is its length (0: 4 MiB), JournalDirs are places instead of the usual ones.
 	NoJournal       bool
 	JournalOptional bool
 	JournalBytes    int64
@@ -48,6 +48,9 @@ type Options struct {
 
 	step func(name string) // for tests: called between the steps of a commit and of a takeover
 }
+
+// defaultJournal holds twice the changes that may be pending, in each of its two generations.
+const defaultJournal = 4 << 20
 
 func (o *Options) setDefaults() {
 	def := func(d *time.Duration, v time.Duration) {
@@ -60,6 +63,9 @@ func (o *Options) setDefaults() {
 	def(&o.LockWait, 10*time.Second)
 	if o.MaxWaiters == 0 {
 		o.MaxWaiters = 64
+	}
+	if o.JournalBytes == 0 {
+		o.JournalBytes = defaultJournal
 	}
 	if o.MaxPending == 0 {
 		o.MaxPending = 16384

@@ -190,7 +190,7 @@ func (f *formatter) run(ctx context.Context) (err error) {
 	}
 	// A journal of what was there before is worth nothing from here on, and must not meet a pool
 	// that looks like that one.
-	if err := discardJournal(f.l); err != nil {
+	if err := DiscardJournal(f.l); err != nil {
 		return err
 	}
 	err = thin.Format(f.meta, thin.FormatOptions{DataBlockSize: f.o.BlockSize, DataBlocks: uint64(dataBytes / f.o.BlockSize), Force: f.o.Force})

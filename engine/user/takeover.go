@@ -1,6 +1,7 @@
 package user
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"os"
@@ -242,8 +243,25 @@ func (p *Pool) journalStatus() engine.Journal {
 	return s
 }
 
-// discardJournal takes away the journal of a pool that is about to be made anew.
-func discardJournal(l Location) error {
+// JournalWaiting looks whether an opener of the pool was killed and left changes that the pool
+// lacks; nil if not. For whoever is about to look at the metadata itself, or to let something
+// else than this engine write to the pool: under the pool's lock, for the journal of a pool that
+// somebody has open looks the same. The metadata device alone names the pool.
+func JournalWaiting(l Location) (*journal.Waiting, error) {
+	return journal.WaitingFor(l.MetadataPath(), journal.Options{})
+}
+
+// TakeOver brings what an opener that was killed has left into the pool, and closes it again.
+func TakeOver(ctx context.Context, l Location, o Options) error {
+	p, err := Open(ctx, l, o)
+	if err != nil {
+		return err
+	}
+	return p.Close()
+}
+
+// DiscardJournal takes away what was left for a pool whose metadata have been written anew.
+func DiscardJournal(l Location) error {
 	id, err := journal.Identify(l.MetadataPath())
 	if err != nil {
 		if errors.Is(err, os.ErrNotExist) {
