@@ -57,8 +57,8 @@ type daemon struct {
 	memory  int64 // limit in bytes
 
 	locks    []*os.File
-	pool     *user.Pool
-	exporter *fuse.Exporter
+	pool     *opened
+	exporter nodeExporter
 	nbd      *nbdServer
 	store    *layer.Store
 	hub      *hub
@@ -118,7 +118,7 @@ func (d *daemon) open(ctx context.Context) error {
 	d.hub = newHub(d.c.Limits.Events, time.Now)
 	d.ops = newOperations(d.c.Limits.Operations, d.hub)
 	helper := append(append([]string{}, d.o.Exe...), "helper")
-	if d.exporter, err = fuse.New(fuse.Options{
+	if d.exporter, err = newExporter(st.Engine, fuse.Options{
 		RunDir: d.c.Run, LinkDir: d.c.Exports.LinkDir,
 		HolderSocket:  d.path(holderSocket),
 		HolderCommand: append(append([]string{}, d.o.Exe...), "holder", d.path(holderSocket)),
@@ -131,7 +131,7 @@ func (d *daemon) open(ctx context.Context) error {
 		return err
 	}
 	d.store, err = layer.Open(ctx, layer.Options{
-		Root: d.c.Root, Run: d.c.Run, Pool: d.pool, Exporter: refuseOutside(d.exporter), NBD: d.nbd,
+		Root: d.c.Root, Run: d.c.Run, Pool: d.pool.Pool, Exporter: refuseOutside(d.exporter), NBD: d.nbd,
 		BaseSize: int64(d.c.Containers.BaseSize), FSType: d.c.Containers.FileSystem,
 		MountOptions: d.c.Containers.MountOptions, Discard: d.c.Containers.Discard,
 		HelperCommand: helper, HelperTimeout: time.Duration(d.c.Limits.HelperTimeout), StallTimeout: time.Duration(d.c.Limits.StallTimeout),
@@ -140,11 +140,14 @@ func (d *daemon) open(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	if d.pool.sweep != nil {
+		d.pool.sweep()
+	}
 	im := &importer{store: d.store, spool: filepath.Join(d.c.Root, "spool")}
 	d.server = newServer(parts{
-		store: d.store, pool: d.pool,
+		store: d.store, pool: d.pool.Pool,
 		importFile: im.file, importStream: im.stream,
-		check:    func(ctx context.Context, op *operation) (api.CheckResult, error) { return checkPool(ctx, d.pool, op) },
+		check:    d.pool.check,
 		stall:    time.Duration(d.c.Limits.StallTimeout),
 		busy:     nodeUsers,
 		describe: d.describe, describePool: d.describePool,
@@ -201,7 +204,7 @@ func (d *daemon) background() {
 		ends = hostEnds
 	}
 	d.wg.Go(func() { d.watchHostEnd(ends) })
-	x := &extender{pool: d.pool, c: d.c.AutoExtend, log: d.log,
+	x := &extender{pool: d.pool.Pool, c: d.c.AutoExtend, log: d.log,
 		host: func() (int64, int64, bool) { return hostSpace(d.loc.DataPath()) },
 		tell: func(kind, object, detail string) { d.hub.publish(kind, object, detail, time.Time{}) }}
 	d.wg.Go(func() { x.run(d.ctx, poke) })

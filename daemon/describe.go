@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"path/filepath"
+	"slices"
 
 	"golang.org/x/sys/unix"
 
@@ -11,18 +12,18 @@ import (
 	"mica/dev"
 	"mica/engine/user"
 	"mica/export"
-	"mica/export/loop"
+	"mica/export/node"
 )
 
-// nodeUsers says who uses a loop device that will not go away by itself. It reads /proc and sysfs
-// only, never the device.
-func nodeUsers(node string) []string {
-	n, err := loop.NumberOf(node)
-	if err != nil {
+// nodeUsers says who uses a node that will not go away by itself. It reads /proc and sysfs only, and
+// never opens the device.
+func nodeUsers(path string) []string {
+	var st unix.Stat_t
+	if unix.Stat(path, &st) != nil || st.Mode&unix.S_IFMT != unix.S_IFBLK {
 		return nil
 	}
 	var list []string
-	for _, u := range loop.Users(n) {
+	for _, u := range node.Users(st.Rdev, path) {
 		list = append(list, u.String())
 	}
 	return list
@@ -31,6 +32,9 @@ func nodeUsers(node string) []string {
 // describePool fills in the paths and what the host has.
 func (d *daemon) describePool(p *api.Pool) {
 	p.Data, p.Metadata = d.loc.DataPath(), d.loc.MetadataPath()
+	if name := d.c.Pool.ThinPool; name != "" {
+		p.Data, p.Metadata = name, name
+	}
 	if _, free, ok := hostSpace(p.Data); ok {
 		p.HostFreeBytes = free
 	}
@@ -82,7 +86,7 @@ func failureNote(p *api.Pool, l user.Location) string {
 
 // notes are what holds for the whole life of the daemon.
 func (d *daemon) notes() []string {
-	var notes []string
+	notes := slices.Clone(d.pool.notes)
 	if ok, why := d.exporter.Restartable(); !ok {
 		notes = append(notes, "the death of the daemon is an I/O error for attached containers: "+why)
 	}

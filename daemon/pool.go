@@ -7,12 +7,9 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
-	"time"
 
-	"mica/daemon/api"
 	"mica/daemon/config"
 	"mica/dev"
-	"mica/engine"
 	"mica/engine/user"
 	"mica/thin"
 )
@@ -79,24 +76,6 @@ func makeDevicePool(ctx context.Context, l user.Location, o user.FormatOptions, 
 	return nil
 }
 
-// openPool opens the daemon's pool, and makes it first if there is none.
-func openPool(ctx context.Context, l user.Location, c config.Config, log *slog.Logger) (*user.Pool, error) {
-	if err := makePool(ctx, l, c.Pool, log); err != nil {
-		return nil, err
-	}
-	o := user.Options{
-		ErrorIfNoSpace: c.Pool.ErrorIfNoSpace, NoSpaceTimeout: time.Duration(c.Pool.NoSpaceTimeout),
-		CommitInterval:  time.Duration(c.Pool.CommitInterval),
-		TableCacheBytes: int64(c.Limits.TableCache), MetaCacheBytes: int64(c.Limits.MetadataCache), Logger: log,
-	}
-	mark, err := lowWaterMark(l, c.Pool.LowWater)
-	if err != nil {
-		return nil, err
-	}
-	o.LowWaterMark = mark
-	return user.Open(ctx, l, o)
-}
-
 // lowWaterMark turns the configured part of the data space into blocks.
 func lowWaterMark(l user.Location, part config.Percent) (uint64, error) {
 	if part == 0 {
@@ -113,23 +92,4 @@ func lowWaterMark(l user.Location, part config.Percent) (uint64, error) {
 	}
 	defer m.Close()
 	return m.DataBlocks() * uint64(part) / 100, nil
-}
-
-// checkPool checks the metadata of an open pool as of a commit made now.
-func checkPool(ctx context.Context, p *user.Pool, op *operation) (api.CheckResult, error) {
-	// A pool that cannot commit any more is checked as of its last commit.
-	if err := p.Commit(ctx); err != nil && !errors.Is(err, dev.ErrReadOnly) && !errors.Is(err, engine.ErrFailed) {
-		return api.CheckResult{}, err
-	}
-	v := p.Metadata().Pin()
-	defer v.Unpin()
-	st := op.step("metadata blocks", "", 0)
-	r, err := v.Check(thin.CheckOptions{MaxFindings: 1000, Progress: func(done, total uint64) error {
-		st.set(int64(done), int64(total))
-		return ctx.Err()
-	}})
-	if err != nil {
-		return api.CheckResult{}, err
-	}
-	return api.CheckResult{Clean: r.Clean(), Report: *r}, nil
 }

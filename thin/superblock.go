@@ -87,6 +87,9 @@ func DecodeSuperblock(b []byte) Superblock {
 	return s
 }
 
+// NeedsCheck reports whether the pool is marked needs_check.
+func (s *Superblock) NeedsCheck() bool { return s.Flags&flagNeedsCheck != 0 }
+
 // Encode writes the fields into b, which keeps what Superblock does not name. It does not seal.
 func (s *Superblock) Encode(b []byte) {
 	le := binary.LittleEndian

@@ -13,13 +13,13 @@ import (
 func newPoolCmd() *cobra.Command {
 	c := &cobra.Command{
 		Use:   "pool",
-		Short: "Make, grow, trim and check pools",
-		Long: `Make, grow, trim and check pools of blocks.
+		Short: "Make, grow, trim, check and switch pools",
+		Long: `Make, grow, trim, check and switch pools of blocks.
 
 POOL is a pool that no daemon has open: its directory, or --data DEV --metadata DEV. Without
 POOL a command is about the pool of the running daemon.`,
 	}
-	c.AddCommand(newPoolCreateCmd(), newPoolGrowCmd(), newPoolTrimCmd(), newPoolCheckCmd())
+	c.AddCommand(newPoolCreateCmd(), newPoolGrowCmd(), newPoolTrimCmd(), newPoolCheckCmd(), newPoolSwitchCmd())
 	return c
 }
 

@@ -18,8 +18,8 @@ import (
 const self = "/proc/self/exe"
 
 func newServeCmd() *cobra.Command {
-	var root, run, file string
-	var accept bool
+	var root, run, file, engineName string
+	var accept, adopt bool
 	c := &cobra.Command{
 		Use:   "serve",
 		Short: "Run the daemon",
@@ -32,6 +32,9 @@ talk to it over RUN/mica.sock.
 SIGTERM or Ctrl-C ends it. Containers that are attached or mounted stay so: their I/O waits
 until the daemon is started again, also after kill -9. To take everything down first, use
 'mica shutdown'.
+
+With --engine kernel, or after 'mica pool switch', the kernel's dm-thin reads and writes the
+pool. What is mounted then goes on without the daemon.
 
 Several daemons can run on one host, each with its own --root and --run; the other commands
 find theirs by --run or MICA_RUN.
@@ -64,6 +67,10 @@ The configuration is TOML; docs/configuration.md lists every key.`,
 			if run == "" && os.Getenv("MICA_RUN") != "" {
 				c.Run = os.Getenv("MICA_RUN")
 			}
+			if engineName != "" {
+				c.Pool.Engine = engineName
+			}
+			c.Pool.Adopt = c.Pool.Adopt || adopt
 			if err := c.Validate(); err != nil {
 				return err
 			}
@@ -86,6 +93,8 @@ The configuration is TOML; docs/configuration.md lists every key.`,
 	}
 	c.Flags().StringVar(&root, "root", "", "directory of the pool and the catalog (default: that of the configuration, else /var/lib/mica)")
 	c.Flags().StringVar(&run, "run", "", "directory of sockets (default: that of the configuration or $MICA_RUN, else "+client.DefaultRun+")")
+	c.Flags().StringVar(&engineName, "engine", "", "who reads and writes the pool: user, kernel or auto (default: that of the configuration)")
+	c.Flags().BoolVar(&adopt, "adopt", false, "use a thin_pool of the configuration that has thin devices already, and leave those alone")
 	c.Flags().StringVar(&file, "config", "", "configuration `FILE` (default: "+config.DefaultFile+" if it is there)")
 	c.Flags().BoolVar(&accept, "accept-pool", false, "serve although pool and catalog are not of the same moment; see above")
 	c.MarkFlagDirname("root")

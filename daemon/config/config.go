@@ -14,6 +14,7 @@ import (
 
 	"github.com/pelletier/go-toml/v2"
 
+	"mica/engine"
 	"mica/export/nbd"
 )
 
@@ -49,6 +50,9 @@ type Log struct {
 
 // Pool is where the pool is and how it behaves.
 type Pool struct {
+	Engine         string   `toml:"engine" doc:"Who reads and writes the pool: user (this daemon), kernel (dm-thin, which needs device-mapper), or auto: what 'mica pool switch' has noted in ROOT/pool, else user; kernel for a thin_pool. The option --engine goes before it."`
+	ThinPool       string   `toml:"thin_pool" doc:"Active thin pool of device-mapper to use, by its name or its path, in place of data and metadata. Its size, its features and its life are those of whoever made it."`
+	Adopt          bool     `toml:"adopt" doc:"Use a thin_pool that has thin devices already, which are then listed and never touched. Counts at the first start. The option --adopt sets it."`
 	Data           string   `toml:"data" doc:"Data device: a block device, or a file. Empty: ROOT/pool/data, a sparse file."`
 	Metadata       string   `toml:"metadata" doc:"Metadata device: a block device, or a file. Empty: ROOT/pool/metadata, an allocated file."`
 	Size           Size     `toml:"size" doc:"Size of a new data file. 0: the smaller of 100G and 80 % of the host's free space."`
@@ -162,7 +166,7 @@ func Default() Config {
 		Run:  "/run/mica",
 		Log:  Log{Level: "info", Format: "text"},
 		Pool: Pool{
-			BlockSize: 64 << 10, NoSpaceTimeout: Duration(60 * time.Second), LowWater: 10,
+			Engine: engine.Auto, BlockSize: 64 << 10, NoSpaceTimeout: Duration(60 * time.Second), LowWater: 10,
 			CommitInterval: Duration(time.Second),
 		},
 		AutoExtend: AutoExtend{Threshold: 80, Step: 20, HostFree: 5},
@@ -244,6 +248,12 @@ func (c *Config) Validate() error {
 	}
 	if (c.Pool.Data == "") != (c.Pool.Metadata == "") {
 		return bad("pool", "data and metadata go together: set both or none")
+	}
+	if !slices.Contains([]string{engine.Auto, engine.User, engine.Kernel}, c.Pool.Engine) {
+		return bad("pool.engine", "%q is none of auto, user, kernel", c.Pool.Engine)
+	}
+	if c.Pool.ThinPool != "" && (c.Pool.Data != "" || c.Pool.Engine == engine.User) {
+		return bad("pool.thin_pool", "%q is an active pool of the kernel: data and metadata, and the user engine, do not go with it", c.Pool.ThinPool)
 	}
 	const minBlock, maxBlock = 64 << 10, 1 << 30
 	if b := c.Pool.BlockSize; b < minBlock || b > maxBlock || b%minBlock != 0 {

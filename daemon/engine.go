@@ -1,0 +1,189 @@
+package daemon
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"time"
+
+	"mica/daemon/api"
+	"mica/daemon/config"
+	"mica/dev"
+	"mica/engine"
+	"mica/engine/kernel"
+	"mica/engine/user"
+	"mica/export"
+	"mica/export/dm"
+	"mica/export/fuse"
+	"mica/thin"
+)
+
+// An opened is the daemon's pool with what differs between the engines.
+type opened struct {
+	engine.Pool
+	// check looks through the metadata as of now.
+	check func(ctx context.Context, op *operation) (api.CheckResult, error)
+	// sweep clears away what a predecessor left and nobody has taken over. It may be nil.
+	sweep func()
+	notes []string
+}
+
+// engineOf is the engine that opens the pool.
+func engineOf(l user.Location, c config.Pool) (string, error) {
+	switch {
+	case c.ThinPool != "":
+		return engine.Kernel, nil
+	case c.Engine != engine.Auto:
+		return c.Engine, nil
+	case l.Dir == "":
+		return engine.User, nil
+	}
+	return engine.Noted(l.Dir)
+}
+
+// openPool opens the daemon's pool, and makes it first if there is none.
+func openPool(ctx context.Context, l user.Location, c config.Config, log *slog.Logger) (*opened, error) {
+	if c.Pool.ThinPool == "" {
+		if err := makePool(ctx, l, c.Pool, log); err != nil {
+			return nil, err
+		}
+	}
+	name, err := engineOf(l, c.Pool)
+	if err != nil {
+		return nil, err
+	}
+	if name == engine.Kernel {
+		return openKernel(ctx, l, c, log)
+	}
+	return openUser(ctx, l, c, log)
+}
+
+func openUser(ctx context.Context, l user.Location, c config.Config, log *slog.Logger) (*opened, error) {
+	o := user.Options{
+		ErrorIfNoSpace: c.Pool.ErrorIfNoSpace, NoSpaceTimeout: time.Duration(c.Pool.NoSpaceTimeout),
+		CommitInterval:  time.Duration(c.Pool.CommitInterval),
+		TableCacheBytes: int64(c.Limits.TableCache), MetaCacheBytes: int64(c.Limits.MetadataCache), Logger: log,
+	}
+	var err error
+	if o.LowWaterMark, err = lowWaterMark(l, c.Pool.LowWater); err != nil {
+		return nil, err
+	}
+	p, err := user.Open(ctx, l, o)
+	if err != nil {
+		return nil, err
+	}
+	return &opened{Pool: p, check: func(ctx context.Context, op *operation) (api.CheckResult, error) {
+		// A pool that cannot commit any more is checked as of its last commit.
+		if err := p.Commit(ctx); err != nil && !errors.Is(err, dev.ErrReadOnly) && !errors.Is(err, engine.ErrFailed) {
+			return api.CheckResult{}, err
+		}
+		v := p.Metadata().Pin()
+		defer v.Unpin()
+		return checkView(ctx, v, op, false)
+	}}, nil
+}
+
+// openKernel activates the pool in the kernel, or takes over what a predecessor left there.
+func openKernel(ctx context.Context, l user.Location, c config.Config, log *slog.Logger) (*opened, error) {
+	if err := noSurvivors(c.Run); err != nil {
+		return nil, err
+	}
+	src := kernel.Source{Dir: l.Dir, Data: l.Data, Metadata: l.Metadata, Pool: c.Pool.ThinPool}
+	o := kernel.Options{ErrorIfNoSpace: c.Pool.ErrorIfNoSpace, Adopt: c.Pool.Adopt, Logger: log}
+	if src.Pool == "" {
+		var err error
+		if o.LowWaterMark, err = lowWaterMark(l, c.Pool.LowWater); err != nil {
+			return nil, err
+		}
+	} else if _, err := os.Stat(filepath.Join(c.Root, catalogFile)); err == nil {
+		o.Adopt = true // its devices are those of the catalog, which has been there before
+	}
+	p, err := kernel.Open(ctx, src, o)
+	if err != nil {
+		return nil, err
+	}
+	out := &opened{Pool: p, check: func(ctx context.Context, op *operation) (r api.CheckResult, err error) {
+		err = p.View(ctx, func(v *thin.View) error {
+			r, err = checkView(ctx, v, op, true)
+			return err
+		})
+		return r, err
+	}}
+	out.sweep = func() {
+		if busy := p.Sweep(); len(busy) > 0 {
+			log.Warn("nodes that a predecessor left are in use, and belong to nobody", "nodes", busy)
+		}
+	}
+	if have, ok := kernelNoSpaceTimeout(); ok && !o.ErrorIfNoSpace && have != time.Duration(c.Pool.NoSpaceTimeout) {
+		out.notes = append(out.notes, fmt.Sprintf("writes to a full pool wait for %v, as the kernel's %s says for all pools, not for pool.no_space_timeout", have, noSpaceTimeoutFile))
+	}
+	return out, nil
+}
+
+// catalogFile is the layer store's catalog in ROOT.
+const catalogFile = "catalog.db"
+
+// noSpaceTimeoutFile is the kernel's parameter: one for all pools.
+const noSpaceTimeoutFile = "/sys/module/dm_thin_pool/parameters/no_space_timeout"
+
+func kernelNoSpaceTimeout() (time.Duration, bool) {
+	b, err := os.ReadFile(noSpaceTimeoutFile)
+	if err != nil {
+		return 0, false
+	}
+	n, err := strconv.Atoi(strings.TrimSpace(string(b)))
+	return time.Duration(n) * time.Second, err == nil
+}
+
+// noSurvivors refuses to start with the kernel engine while nodes of the user engine wait for a
+// daemon that goes on serving them.
+func noSurvivors(run string) error {
+	list, err := os.ReadDir(filepath.Join(run, "fuse"))
+	if err != nil || len(list) == 0 {
+		return nil // no such directory: never used
+	}
+	return fmt.Errorf("%d nodes that the user engine serves are still there (%s, ...): start with --engine user and detach them first",
+		len(list), filepath.Join(run, "fuse", list[0].Name()))
+}
+
+// newExporter makes what exports the pool's devices as nodes.
+func newExporter(kind string, o fuse.Options) (nodeExporter, error) {
+	if kind != engine.Kernel {
+		return fuse.New(o)
+	}
+	e, err := dm.New(dm.Options{RunDir: o.RunDir, LinkDir: o.LinkDir, DetachWait: o.DetachWait, Logger: o.Logger})
+	if err != nil {
+		return nil, err
+	}
+	return kernelNodes{e}, nil
+}
+
+// A nodeExporter is an exporter that says whether the death of this process is only a pause.
+type nodeExporter interface {
+	export.Exporter
+	Restartable() (bool, string)
+}
+
+// kernelNodes go on without this process.
+type kernelNodes struct{ export.Exporter }
+
+func (kernelNodes) Restartable() (bool, string) { return true, "" }
+
+// checkView checks the metadata as a view shows it. Of a metadata snapshot the trees are looked
+// at, and no counts are compared.
+func checkView(ctx context.Context, v *thin.View, op *operation, snap bool) (api.CheckResult, error) {
+	st := op.step("metadata blocks", "", 0)
+	r, err := v.Check(thin.CheckOptions{MaxFindings: 1000, MetadataSnap: snap, Progress: func(done, total uint64) error {
+		st.set(int64(done), int64(total))
+		return ctx.Err()
+	}})
+	if err != nil {
+		return api.CheckResult{}, err
+	}
+	return api.CheckResult{Clean: r.Clean(), Report: *r}, nil
+}
