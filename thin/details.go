@@ -24,3 +24,9 @@ func decodeDetails(b []byte) Details {
 	return Details{binary.LittleEndian.Uint64(b), binary.LittleEndian.Uint64(b[8:]),
 		binary.LittleEndian.Uint32(b[16:]), binary.LittleEndian.Uint32(b[20:])}
 }
+
+// DetailsSize is the length of an encoded Details in bytes.
+const DetailsSize = detailsSize
+
+// DecodeDetails reads the value of the details tree; b has at least DetailsSize bytes.
+func DecodeDetails(b []byte) Details { return decodeDetails(b) }

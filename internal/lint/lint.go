@@ -23,6 +23,8 @@ var Layers = []Layer{
 	{"engine/...", []string{"engine", "journal", "thin/...", "pdata/...", "dev/..."}},
 	{"journal", []string{"thin", "dev"}},
 	{"lvm", []string{"dev/..."}}, // storage set up with the LVM tools
+	{"thin/repair", []string{"thin", "pdata/...", "dev"}},
+	{"thin/backup", []string{"thin", "dev"}},
 	{"thin/...", []string{"pdata/...", "dev/..."}},
 	{"pdata/spacemap", []string{"pdata/btree", "pdata/txn", "pdata/block", "dev"}},
 	{"pdata/btree", []string{"pdata/txn", "pdata/block", "dev"}},

@@ -192,3 +192,27 @@ func (n Node) Value(i int) []byte { return n.n.value(i) }
 
 // Child returns child i of an internal node.
 func (n Node) Child(i int) block.Loc { return n.n.child(i) }
+
+// EncodeNode writes a node with n entries into a zeroed block, for those who build trees from what
+// is left of others. Values of a leaf have size bytes, those of an internal node are its
+// children. Keys ascend; n is at most MaxEntries of the size. The block is not sealed.
+func EncodeNode(buf []byte, leaf bool, size, n int, entry func(i int) (key uint64, v []byte)) {
+	if !leaf {
+		size = internalSize
+	}
+	b := newNode(buf, leaf, size)
+	b.setLen(n)
+	for i := range n {
+		k, v := entry(i)
+		b.setKey(i, k)
+		copy(b.value(i), v)
+	}
+}
+
+// Sound reports whether the header is what this package writes: the capacity that belongs to the
+// size of the values. Readers accept others.
+func (n Node) Sound() bool { return n.n.max() == MaxEntries(n.n.size()) }
+
+// MinEntries is the least number of entries of a node with values of size bytes that is not a
+// root.
+func MinEntries(size int) int { return MaxEntries(size) / 3 }
