@@ -93,39 +93,28 @@ func (r *runner) besideFsync(ctx context.Context, clients []*client, columns []s
 		syncer.Offset, syncer.Fsync, syncer.Engine = half, 1, "psync"
 		return writer, syncer
 	}
-	var alone, writes, syncs []meter
+	var sweeps []sweep
 	for _, c := range clients {
-		alone = append(alone, func(ctx context.Context) (figure, error) {
-			w, _ := jobs(c)
-			f, err := fio.Run(ctx, w)
+		sweeps = append(sweeps, func(ctx context.Context) ([]figure, error) {
+			w, s := jobs(c)
+			alone, err := fio.Run(ctx, w)
 			if err != nil {
-				return figure{}, err
+				return nil, err
 			}
-			return figure{value: us(f[0].P99)}, nil
-		})
-		var last []fio.Figures // of the run that both rows look at
-		writes = append(writes, func(ctx context.Context) (_ figure, err error) {
-			w, s := jobs(c)
-			if last, err = fio.Run(ctx, w, s); err != nil {
-				return figure{}, err
+			both, err := fio.Run(ctx, w, s)
+			if err != nil {
+				return nil, err
 			}
-			return figure{us(last[0].P99), map[string]float64{"p50 us": us(last[0].P50), "IOPS": last[0].IOPS}}, nil
-		})
-		syncs = append(syncs, func(ctx context.Context) (_ figure, err error) {
-			w, s := jobs(c)
-			if last, err = fio.Run(ctx, w, s); err != nil {
-				return figure{}, err
-			}
-			return figure{us(last[1].SyncP99), map[string]float64{"p50 us": us(last[1].SyncP50), "IOPS": last[1].IOPS}}, nil
+			return []figure{
+				{us(alone[0].P99), map[string]float64{"p50 us": us(alone[0].P50), "IOPS": alone[0].IOPS}},
+				{us(both[0].P99), map[string]float64{"p50 us": us(both[0].P50), "IOPS": both[0].IOPS}},
+				{us(both[1].SyncP99), map[string]float64{"p50 us": us(both[1].SyncP50), "IOPS": both[1].IOPS}},
+			}, nil
 		})
 	}
-	for _, m := range []struct {
-		name   string
-		meters []meter
-	}{{"write, alone", alone}, {"write, beside fsync", writes}, {"fsync, beside writes", syncs}} {
-		if err := r.measure(ctx, t, Row{Name: m.name, Unit: "us", Better: "lower"}, m.meters...); err != nil {
-			return err
-		}
-	}
-	return nil
+	return r.sweep(ctx, t, []Row{
+		{Name: "write, alone", Unit: "us", Better: "lower"},
+		{Name: "write, beside fsync", Unit: "us", Better: "lower"},
+		{Name: "fsync, beside writes", Unit: "us", Better: "lower"},
+	}, sweeps...)
 }

@@ -19,8 +19,8 @@ type Options struct {
 	Exe    string // the mica program, which serves
 	Memory string // directory in memory; /dev/shm
 	Disk   string // directory on a real disk; "": parts that need one are left out
-	Rounds int    // of each job; 3
-	// Runtime is how long a job that runs for a time runs; 1 s.
+	Rounds int    // of each job; 5
+	// Runtime is how long a job that runs for a time runs; 400 ms.
 	Runtime time.Duration
 	Size    int64    // of the devices, bytes; 1 GiB
 	Only    []string // parts; nil: all
@@ -35,13 +35,13 @@ func (o *Options) setDefaults() {
 		o.Memory = "/dev/shm"
 	}
 	if o.Quick {
-		o.Rounds, o.Runtime, o.Size = 1, 50*time.Millisecond, 16<<20
+		o.Rounds, o.Runtime, o.Size = 1, 30*time.Millisecond, 16<<20
 	}
 	if o.Rounds <= 0 {
-		o.Rounds = 3
+		o.Rounds = 5
 	}
 	if o.Runtime <= 0 {
-		o.Runtime = time.Second
+		o.Runtime = 400 * time.Millisecond
 	}
 	if o.Size <= 0 {
 		o.Size = 1 << 30
@@ -59,7 +59,7 @@ type part struct {
 	run       func(ctx context.Context, r *runner) error
 }
 
-var parts = []part{nbdPart, blockPart}
+var parts = []part{nbdPart, blockPart, lifePart, lifeDiskPart}
 
 // PartNames are the names that Options.Only takes, with what they are.
 func PartNames() (list [][2]string) {
@@ -175,49 +175,77 @@ type figure struct {
 // A meter measures once. One that cannot measure here returns an error of unavailable.
 type meter func(ctx context.Context) (figure, error)
 
-// measure does one row: every meter once a round, in an order that turns from round to round so
-// that nobody always comes first. A nil meter is a job that means nothing for its column.
+// A sweep is a measurement that gives several rows at once: a figure for each.
+type sweep func(ctx context.Context) ([]figure, error)
+
+// measure does one row: every meter once a round. A nil meter is a job that means nothing for its
+// column.
 func (r *runner) measure(ctx context.Context, t *Table, row Row, meters ...meter) error {
-	cells := make([]Cell, len(meters))
-	more := make([]map[string][]float64, len(meters))
+	sweeps := make([]sweep, len(meters))
+	for i, m := range meters {
+		if m != nil {
+			sweeps[i] = func(ctx context.Context) ([]figure, error) {
+				f, err := m(ctx)
+				return []figure{f}, err
+			}
+		}
+	}
+	return r.sweep(ctx, t, []Row{row}, sweeps...)
+}
+
+// sweep does rows that are measured together, everybody once a round, in an order that turns from
+// round to round so that nobody always comes first.
+func (r *runner) sweep(ctx context.Context, t *Table, rows []Row, sweeps ...sweep) error {
+	cells := make([][]Cell, len(rows))
+	more := make([][]map[string][]float64, len(rows))
+	for i := range rows {
+		cells[i] = make([]Cell, len(sweeps))
+		more[i] = make([]map[string][]float64, len(sweeps))
+	}
 	for round := range r.Rounds {
-		for i := range meters {
-			k := (i + round + r.rowNo) % len(meters)
-			if meters[k] == nil || cells[k].Why != "" {
+		for i := range sweeps {
+			k := (i + round + r.rowNo) % len(sweeps)
+			if sweeps[k] == nil || cells[0][k].Why != "" {
 				continue
 			}
-			f, err := meters[k](ctx)
+			figures, err := sweeps[k](ctx)
 			var no unavailable
 			if errors.As(err, &no) {
-				cells[k].Why = string(no)
+				for row := range rows {
+					cells[row][k].Why = string(no)
+				}
 				continue
 			}
 			if err != nil {
-				return fmt.Errorf("%s: %s: %w", row.Name, t.Columns[k], err)
+				return fmt.Errorf("%s: %s: %w", rows[0].Name, t.Columns[k], err)
 			}
-			cells[k].Samples = append(cells[k].Samples, f.value)
-			for name, v := range f.more {
-				if more[k] == nil {
-					more[k] = map[string][]float64{}
+			for row, f := range figures {
+				cells[row][k].Samples = append(cells[row][k].Samples, f.value)
+				for name, v := range f.more {
+					if more[row][k] == nil {
+						more[row][k] = map[string][]float64{}
+					}
+					more[row][k][name] = append(more[row][k][name], v)
 				}
-				more[k][name] = append(more[k][name], v)
 			}
 		}
 	}
 	r.rowNo++
-	var line []string
-	for i := range cells {
-		for name, v := range more[i] {
-			if cells[i].More == nil {
-				cells[i].More = map[string]float64{}
+	for i, row := range rows {
+		var line []string
+		for k := range sweeps {
+			for name, v := range more[i][k] {
+				if cells[i][k].More == nil {
+					cells[i][k].More = map[string]float64{}
+				}
+				cells[i][k].More[name] = median(v)
 			}
-			cells[i].More[name] = median(v)
+			line = append(line, t.Columns[k]+" "+cells[i][k].String())
 		}
-		line = append(line, t.Columns[i]+" "+cells[i].String())
+		row.Cells = cells[i]
+		t.Rows = append(t.Rows, row)
+		r.Log("   %s [%s]: %s", row.Name, row.Unit, strings.Join(line, ", "))
 	}
-	row.Cells = cells
-	t.Rows = append(t.Rows, row)
-	r.Log("   %s [%s]: %s", row.Name, row.Unit, strings.Join(line, ", "))
 	return nil
 }
 

@@ -72,8 +72,8 @@ func newBenchCmd() *cobra.Command {
 	}
 	c.Flags().StringSliceVar(&o.Only, "only", nil, "measure only these parts")
 	c.Flags().BoolVar(&o.Quick, "quick", false, "only show that it works: tiny devices, one round")
-	c.Flags().IntVar(&o.Rounds, "rounds", 3, "rounds of each job")
-	c.Flags().DurationVar(&o.Runtime, "runtime", 0, "how long a job runs (default 1s)")
+	c.Flags().IntVar(&o.Rounds, "rounds", 5, "rounds of each job")
+	c.Flags().DurationVar(&o.Runtime, "runtime", 0, "how long a job runs (default 400ms)")
 	sizeVar(c, &o.Size, "size", 0, "length of the devices (default 1G)")
 	c.Flags().StringVar(&o.Memory, "memory", "/dev/shm", "directory in memory")
 	c.Flags().StringVar(&o.Disk, "dir", "/var/tmp", "directory on a real disk; \"\" leaves those parts out")
