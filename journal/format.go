@@ -161,7 +161,7 @@ type Entry struct {
 // valid reports whether an entry can be stored.
 func (e *Entry) valid() bool {
 	return e.ID <= thin.MaxDevID && e.VBlock < 1<<blockBits && e.Block < 1<<dataBits &&
-		e.Len > 0 && uint64(e.VBlock)%GroupBlocks+e.Len <= GroupBlocks
+		e.Len > 0 && e.Len <= GroupBlocks-uint64(e.VBlock)%GroupBlocks
 }
 
 // putSlot stores an entry in slot i of a generation.

@@ -93,7 +93,7 @@ func (l *Left) Entries(disk State) (entries []Entry, why string) {
 		return nil, l.bad
 	}
 	entries, lost, why := l.c.choose(disk)
-	if why != "" {
+	if why != "" && lost > 0 {
 		why = fmt.Sprintf("%d entries: %s", lost, why)
 	}
 	return entries, why

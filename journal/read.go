@@ -95,6 +95,9 @@ func readArea(b []byte, number uint64) []Entry {
 // them; lost is how many.
 func (c *content) choose(disk State) (entries []Entry, lost int, why string) {
 	n := len(c.gens)
+	if n == 0 {
+		return nil, 0, "neither of its generations can be read"
+	}
 	for _, g := range c.gens {
 		lost += len(g.entries)
 	}
