@@ -135,6 +135,7 @@ func (d *daemon) open(ctx context.Context) error {
 		BaseSize: int64(d.c.Containers.BaseSize), FSType: d.c.Containers.FileSystem,
 		MountOptions: d.c.Containers.MountOptions, Discard: d.c.Containers.Discard,
 		HelperCommand: helper, HelperTimeout: time.Duration(d.c.Limits.HelperTimeout), StallTimeout: time.Duration(d.c.Limits.StallTimeout),
+		Limits:     layerLimits(d.c.Images),
 		AcceptPool: d.o.AcceptPool, Logger: d.log,
 	})
 	if err != nil {
@@ -143,7 +144,7 @@ func (d *daemon) open(ctx context.Context) error {
 	if d.pool.sweep != nil {
 		d.pool.sweep()
 	}
-	im := &importer{store: d.store, spool: filepath.Join(d.c.Root, "spool")}
+	im := &importer{store: d.store, spool: filepath.Join(d.c.Root, "spool"), c: d.c.Images}
 	d.server = newServer(parts{
 		store: d.store, pool: d.pool.Pool,
 		importFile: im.file, importStream: im.stream,

@@ -8,6 +8,7 @@ import (
 	"os"
 
 	"mica/daemon/api"
+	"mica/daemon/config"
 	"mica/image"
 	"mica/layer"
 	"mica/layer/archive"
@@ -17,10 +18,17 @@ import (
 type importer struct {
 	store image.LayerStore
 	spool string // directory for archives that cannot be read twice
+	c     config.Images
+}
+
+// layerLimits are the configuration's bounds as the layer store wants them.
+func layerLimits(c config.Images) archive.Limits {
+	return archive.Limits{MaxName: int(c.MaxName), MaxEntries: int64(c.MaxEntries), MaxBytes: int64(c.MaxLayer), MaxTar: int64(c.MaxLayer),
+		MaxRatio: int64(c.MaxRatio), MaxXattr: int(c.MaxXattrs)}
 }
 
 func (im *importer) options(p api.ImportParams) (image.Options, error) {
-	o := image.Options{SpoolDir: im.spool}
+	o := image.Options{SpoolDir: im.spool, MaxLayer: int64(im.c.MaxLayer), MaxSpool: int64(im.c.MaxArchive), MaxRatio: int64(im.c.MaxRatio)}
 	if p.Platform != "" {
 		var err error
 		if o.Platform, err = image.ParsePlatform(p.Platform); err != nil {

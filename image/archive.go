@@ -1,6 +1,7 @@
 package image
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -11,6 +12,8 @@ import (
 
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"mica/layer/archive"
 )
 
 // Options say how an archive is read. Zero values mean the defaults named.
@@ -21,12 +24,16 @@ type Options struct {
 	// SpoolDir is where a stream, or an archive that is compressed as a whole, is kept while it
 	// is read, in a file without a name. os.TempDir().
 	SpoolDir string
-	// MaxJSON is the largest index, manifest or config in bytes. 8 MiB.
+	// MaxJSON is the largest index, manifest or config in bytes. 8 MiB. All of them together may
+	// have 8 times as many.
 	MaxJSON int64
 	// MaxLayer is the largest uncompressed layer tar in bytes. 1 TiB.
 	MaxLayer int64
 	// MaxSpool is the largest uncompressed archive that is spooled, in bytes. 1 TiB.
 	MaxSpool int64
+	// MaxRatio is how many times its size a layer, or an archive that is compressed as a whole,
+	// may unpack to beyond archive.RatioFree bytes. 10,000.
+	MaxRatio int64
 }
 
 func (o Options) withDefaults() Options {
@@ -39,6 +46,9 @@ func (o Options) withDefaults() Options {
 	if o.MaxSpool <= 0 {
 		o.MaxSpool = 1 << 40
 	}
+	if o.MaxRatio <= 0 {
+		o.MaxRatio = archive.Limits{}.WithDefaults().MaxRatio
+	}
 	return o
 }
 
@@ -49,6 +59,7 @@ type Archive struct {
 	src    source
 	opts   Options
 	images []Image
+	json   int64 // bytes of indexes, manifests and configs read so far
 }
 
 // An Image is one image of an archive, for one platform.
@@ -149,7 +160,7 @@ func OpenStream(ctx context.Context, r io.Reader, o Options) (*Archive, error) {
 }
 
 func openStream(ctx context.Context, r io.Reader, o Options) (*Archive, error) {
-	f, err := spool(ctx, r, o.SpoolDir, o.withDefaults().MaxSpool)
+	f, err := spool(ctx, r, o.withDefaults())
 	if err != nil {
 		return nil, err
 	}
@@ -177,14 +188,14 @@ func load(ctx context.Context, src source, o Options) (*Archive, error) {
 }
 
 func (a *Archive) load(ctx context.Context) error {
-	layout, err := readAll(a.src, ocispec.ImageLayoutFile, a.opts.MaxJSON)
+	layout, err := a.readAll(ocispec.ImageLayoutFile)
 	if err == nil {
 		return a.loadLayout(ctx, layout)
 	}
 	if !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
-	manifest, err := readAll(a.src, dockerManifestFile, a.opts.MaxJSON)
+	manifest, err := a.readAll(dockerManifestFile)
 	if err == nil {
 		return a.loadDocker(ctx, manifest)
 	}
@@ -201,8 +212,29 @@ func (a *Archive) Images() []Image { return a.images }
 // Close lets go of the archive. Layers that are open may fail afterwards.
 func (a *Archive) Close() error { return a.src.Close() }
 
+// readAll reads a whole small file, within the bounds of one and of all.
+func (a *Archive) readAll(name string) ([]byte, error) {
+	b, err := readAll(a.src, name, a.opts.MaxJSON)
+	if err != nil {
+		return nil, err
+	}
+	// A file of a few bytes that is named again and again costs time all the same.
+	a.json += max(int64(len(b)), 1<<10)
+	if most := 8 * a.opts.MaxJSON; a.json > most {
+		return nil, fmt.Errorf("%s: indexes, manifests and configs of more than %d bytes together: %w", quote(name), most, ErrLimit)
+	}
+	return b, nil
+}
+
+// maxValues bounds the values in one JSON file: as Go values, lists of next to nothing take a
+// hundred times as much memory as in the file.
+const maxValues = 200_000
+
 // decodeJSON decodes b, which must be one JSON value.
 func decodeJSON(what string, b []byte, v any) error {
+	if n := bytes.Count(b, []byte(",")) + bytes.Count(b, []byte("{")) + bytes.Count(b, []byte("[")); n > maxValues {
+		return fmt.Errorf("%s of %d bytes: some %d values, at most %d: %w", what, len(b), n, maxValues, ErrLimit)
+	}
 	if err := json.Unmarshal(b, v); err != nil {
 		return fmt.Errorf("%s of %d bytes: %w: %w", what, len(b), err, ErrInvalid)
 	}

@@ -47,7 +47,7 @@ func (a *Archive) readBlob(what string, desc ocispec.Descriptor) ([]byte, error)
 	if err != nil {
 		return nil, err
 	}
-	b, err := readAll(a.src, name, a.opts.MaxJSON)
+	b, err := a.readAll(name)
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", what, err)
 	}

@@ -72,7 +72,7 @@ func (a *Archive) loadDockerImage(d dockerImage) (Image, error) {
 	if err != nil {
 		return Image{}, fmt.Errorf("config %s: %w", quote(d.Config), err)
 	}
-	config, err := readAll(a.src, name, a.opts.MaxJSON)
+	config, err := a.readAll(name)
 	if errors.Is(err, fs.ErrNotExist) {
 		return Image{}, fmt.Errorf("config %s is missing in the archive: %w", quote(d.Config), ErrInvalid)
 	} else if err != nil {
@@ -119,7 +119,7 @@ func (a *Archive) loadDockerImage(d dockerImage) (Image, error) {
 // addDockerNames names images of a layout that its index does not name by the manifest.json
 // that docker save puts beside it.
 func (a *Archive) addDockerNames() error {
-	b, err := readAll(a.src, dockerManifestFile, a.opts.MaxJSON)
+	b, err := a.readAll(dockerManifestFile)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil
 	} else if err != nil {

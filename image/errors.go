@@ -8,6 +8,7 @@ import (
 	"github.com/opencontainers/go-digest"
 
 	"mica/layer"
+	"mica/layer/archive"
 )
 
 // Conditions that callers branch on. Errors name the file of the archive and its digests.
@@ -17,7 +18,7 @@ var (
 	// ErrPlatform: the image is not there for the platform asked for.
 	ErrPlatform = errors.New("no image for the platform")
 	// ErrLimit: something in the archive is larger than Options allow.
-	ErrLimit = errors.New("over the limit")
+	ErrLimit = archive.ErrLimit
 	// ErrDigest: contents do not have the digest that names them. Errors are *DigestError.
 	ErrDigest = layer.ErrDigest
 )

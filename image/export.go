@@ -238,7 +238,7 @@ func (e *exporter) write(ctx context.Context, w io.Writer, im ExportImage, manif
 			continue
 		}
 		e.blobs[l.desc.Digest] = true
-		r := &ctxReader{ctx, io.NewSectionReader(l.f, 0, l.desc.Size)}
+		r := &ctxReader{ctx: ctx, r: io.NewSectionReader(l.f, 0, l.desc.Size)}
 		if err := writeFile(tw, mustBlobName(l.desc.Digest), l.desc.Size, r); err != nil {
 			return err
 		}

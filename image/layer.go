@@ -10,6 +10,8 @@ import (
 	"sync/atomic"
 
 	"github.com/opencontainers/go-digest"
+
+	"mica/layer/archive"
 )
 
 // Open returns the layer's uncompressed tar. Its Read returns io.EOF only after the whole layer
@@ -38,7 +40,14 @@ func (l Layer) open(ctx context.Context) (*layerReader, error) {
 	}
 	plain, kind, err := decompress(&r.raw)
 	if err == nil {
-		r.plain = plain
+		o, stored := r.l.a.opts, r.stored
+		if kind == "" {
+			stored = nil
+		}
+		r.plain = struct {
+			io.Reader
+			io.Closer
+		}{archive.Unpacking(plain, stored, archive.Limits{MaxTar: o.MaxLayer, MaxRatio: o.MaxRatio}), plain}
 		if want, _ := layerKind(l.MediaType); l.MediaType != "" && want != kind {
 			err = fmt.Errorf("media type %s, but the content is %s", quote(l.MediaType), orPlain(kind))
 		}
@@ -119,8 +128,8 @@ func (r *layerReader) Read(p []byte) (int, error) {
 	r.n += int64(n)
 	r.diff.Hash().Write(p[:n])
 	switch {
-	case r.n > r.l.a.opts.MaxLayer:
-		r.err = fmt.Errorf("%s: more than %d bytes uncompressed: %w", r.l.what, r.l.a.opts.MaxLayer, ErrLimit)
+	case errors.Is(err, ErrLimit):
+		r.err = fmt.Errorf("%s: %w", r.l.what, err)
 	case err == io.EOF:
 		r.err = r.check()
 	case err != nil:

@@ -56,7 +56,7 @@ func (a *Archive) loadLayout(ctx context.Context, layout []byte) error {
 	if !strings.HasPrefix(l.Version, "1.") {
 		return fmt.Errorf("%s: layout version %s, want 1.x: %w", ocispec.ImageLayoutFile, quote(l.Version), ErrInvalid)
 	}
-	b, err := readAll(a.src, ocispec.ImageIndexFile, a.opts.MaxJSON)
+	b, err := a.readAll(ocispec.ImageIndexFile)
 	if errors.Is(err, fs.ErrNotExist) {
 		return fmt.Errorf("%s is missing in the archive: %w", ocispec.ImageIndexFile, ErrInvalid)
 	} else if err != nil {
@@ -74,7 +74,7 @@ func (a *Archive) loadLayout(ctx context.Context, layout []byte) error {
 		if err := ctx.Err(); err != nil {
 			return err
 		}
-		im, err := a.loadGroup(g)
+		im, err := a.loadGroup(ctx, g)
 		if errors.Is(err, errNotImage) && len(groups) > 1 {
 			continue
 		}
@@ -182,15 +182,15 @@ func isAttestation(d ocispec.Descriptor) bool {
 var errNotImage = errors.New("not a container image")
 
 // loadGroup chooses the manifest for the platform and reads it.
-func (a *Archive) loadGroup(g group) (Image, error) {
+func (a *Archive) loadGroup(ctx context.Context, g group) (Image, error) {
 	var cands []candidate
 	for _, d := range g.descs {
 		var err error
-		if cands, err = a.candidates(cands, d, 0); err != nil {
+		if cands, err = a.candidates(ctx, cands, d, 0); err != nil {
 			return Image{}, err
 		}
 	}
-	im, err := a.choose(cands)
+	im, err := a.choose(ctx, cands)
 	if err != nil {
 		return Image{}, err
 	}
@@ -201,7 +201,10 @@ func (a *Archive) loadGroup(g group) (Image, error) {
 }
 
 // candidates collects the manifests that a descriptor leads to.
-func (a *Archive) candidates(cands []candidate, d ocispec.Descriptor, depth int) ([]candidate, error) {
+func (a *Archive) candidates(ctx context.Context, cands []candidate, d ocispec.Descriptor, depth int) ([]candidate, error) {
+	if err := ctx.Err(); err != nil {
+		return nil, err
+	}
 	if isAttestation(d) {
 		return cands, nil
 	}
@@ -230,7 +233,7 @@ func (a *Archive) candidates(cands []candidate, d ocispec.Descriptor, depth int)
 			return nil, err
 		}
 		for _, child := range index.Manifests {
-			if cands, err = a.candidates(cands, child, depth+1); err != nil {
+			if cands, err = a.candidates(ctx, cands, child, depth+1); err != nil {
 				return nil, err
 			}
 		}
@@ -240,7 +243,7 @@ func (a *Archive) candidates(cands []candidate, d ocispec.Descriptor, depth int)
 }
 
 // choose takes the best candidate for the platform.
-func (a *Archive) choose(cands []candidate) (Image, error) {
+func (a *Archive) choose(ctx context.Context, cands []candidate) (Image, error) {
 	want, asked := a.opts.Platform.normal(), a.opts.Platform != Platform{}
 	if !asked {
 		want = HostPlatform()
@@ -254,6 +257,9 @@ func (a *Archive) choose(cands []candidate) (Image, error) {
 	best, score := -1, 0
 	var have []string
 	for i := range cands {
+		if err := ctx.Err(); err != nil {
+			return Image{}, err
+		}
 		p := cands[i].platform
 		if p == nil {
 			im, err := a.loadManifest(cands[i].desc)

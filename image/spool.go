@@ -8,12 +8,16 @@ import (
 	"os"
 
 	"golang.org/x/sys/unix"
+
+	"mica/layer/archive"
 )
 
 // spool copies a stream to a file without a name in dir, so that nothing remains of it whatever
 // happens. Of a compressed stream the file gets the plain contents.
-func spool(ctx context.Context, r io.Reader, dir string, limit int64) (*os.File, error) {
-	plain, _, err := decompress(&ctxReader{ctx, r})
+func spool(ctx context.Context, r io.Reader, o Options) (*os.File, error) {
+	dir := o.SpoolDir
+	raw := &ctxReader{ctx: ctx, r: r}
+	plain, kind, err := decompress(raw)
 	if err != nil {
 		return nil, fmt.Errorf("read the archive: %w", err)
 	}
@@ -25,12 +29,11 @@ func spool(ctx context.Context, r io.Reader, dir string, limit int64) (*os.File,
 	if err != nil {
 		return nil, fmt.Errorf("make a temporary file in %s: %w", dir, err)
 	}
-	n, err := io.Copy(f, io.LimitReader(plain, limit))
-	if err == nil && n == limit {
-		if extra, _ := plain.Read(make([]byte, 1)); extra > 0 {
-			err = fmt.Errorf("more than %d bytes: %w", limit, ErrLimit)
-		}
+	stored := func() int64 { return raw.n }
+	if kind == "" {
+		stored = nil
 	}
+	n, err := io.Copy(f, archive.Unpacking(plain, stored, archive.Limits{MaxTar: o.MaxSpool, MaxRatio: o.MaxRatio}))
 	if err != nil {
 		f.Close()
 		if errors.Is(err, io.ErrUnexpectedEOF) {
@@ -64,11 +67,14 @@ func unnamedFile(dir string) (*os.File, error) {
 type ctxReader struct {
 	ctx context.Context
 	r   io.Reader
+	n   int64 // bytes read
 }
 
 func (c *ctxReader) Read(p []byte) (int, error) {
 	if err := c.ctx.Err(); err != nil {
 		return 0, err
 	}
-	return c.r.Read(p)
+	n, err := c.r.Read(p)
+	c.n += int64(n)
+	return n, err
 }

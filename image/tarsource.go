@@ -13,8 +13,10 @@ import (
 )
 
 const (
-	maxFiles = 200_000 // in an archive
-	maxLinks = 10      // links that lead to one file
+	maxFiles = 200_000  // in an archive
+	maxLinks = 10       // links that lead to one file
+	maxName  = 4095     // bytes of a name in an archive, or of what a link leads to
+	maxNames = 16 << 20 // bytes of all of them
 )
 
 // tarSource is an uncompressed tar in a file that can be read at any offset.
@@ -22,6 +24,7 @@ type tarSource struct {
 	f     *os.File
 	files map[string]extent
 	links map[string]string // symbolic and hard links: older docker save makes them for equal layers
+	names int64             // bytes of names and link targets
 }
 
 type extent struct{ off, size int64 }
@@ -74,6 +77,12 @@ func (s *tarSource) add(hdr *tar.Header, off, total int64) error {
 	if err != nil {
 		return err
 	}
+	if len(hdr.Linkname) > maxName {
+		return fmt.Errorf("link target of %d bytes, at most %d: %w", len(hdr.Linkname), maxName, ErrLimit)
+	}
+	if s.names += int64(len(hdr.Name) + len(hdr.Linkname)); s.names > maxNames {
+		return fmt.Errorf("names of more than %d bytes together: %w", maxNames, ErrLimit)
+	}
 	if hdr.Typeflag == tar.TypeDir {
 		return nil
 	}
@@ -114,6 +123,9 @@ func (s *tarSource) add(hdr *tar.Header, off, total int64) error {
 func cleanName(name string) (string, error) {
 	if name == "" {
 		return "", fmt.Errorf("empty name: %w", ErrInvalid)
+	}
+	if len(name) > maxName {
+		return "", fmt.Errorf("name of %d bytes, at most %d: %w", len(name), maxName, ErrLimit)
 	}
 	if strings.HasPrefix(name, "/") {
 		return "", fmt.Errorf("absolute name: %w", ErrInvalid)

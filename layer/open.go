@@ -108,7 +108,7 @@ func open(ctx context.Context, o Options, files fileSystems, fault func(string) 
 		}
 	}
 	if s.files == nil {
-		s.files = &helper.Client{Command: o.HelperCommand, Dir: mounts, Timeout: o.HelperTimeout, Stall: o.StallTimeout}
+		s.files = &helper.Client{Command: o.HelperCommand, Dir: mounts, Timeout: o.HelperTimeout, Stall: o.StallTimeout, Limits: o.Limits}
 	}
 	s.cat, err = catalog.Open(ctx, catalog.Options{
 		Path: o.Catalog, Pool: o.Pool, AcceptPool: o.AcceptPool, HoldDeletes: true, Logger: o.Logger,

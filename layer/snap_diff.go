@@ -7,6 +7,7 @@ import (
 	"io"
 	"strings"
 
+	"mica/layer/archive"
 	"mica/layer/catalog"
 	"mica/thin"
 )
@@ -194,6 +195,9 @@ func (s *Store) madeFrom(m mounted, dev thin.DevID) (made bool, err error) {
 	})
 	return made, s.wrap(err)
 }
+
+// Limits bound what ApplyMount takes, and what is unpacked for it.
+func (s *Store) Limits() archive.Limits { return s.o.Limits }
 
 // ApplyMount changes the tree on a mount source as the uncompressed layer tar r says. It is on the
 // device when ApplyMount returns nil; after an error it is half changed.

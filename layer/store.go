@@ -18,6 +18,7 @@ import (
 	"mica/dev"
 	"mica/engine"
 	"mica/export"
+	"mica/layer/archive"
 	"mica/thin"
 )
 
@@ -83,6 +84,8 @@ type Options struct {
 	// and diff are bounded by progress instead: StallTimeout without a byte (5 min if 0).
 	HelperTimeout time.Duration
 	StallTimeout  time.Duration
+	// Limits bound what a layer may bring; what is zero has a default.
+	Limits archive.Limits
 	// AcceptPool opens a store for writing although catalog and pool are not of the same moment
 	// (one was restored from a copy): the catalog takes over the pool's transaction id, its
 	// intents are dropped and nothing is deleted.

@@ -19,6 +19,7 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"mica/layer"
+	"mica/layer/archive"
 )
 
 // A Differ is containerd's diff service for mounts of this store. For others it says "not
@@ -201,19 +202,21 @@ func (d *Differ) apply(ctx context.Context, desc ocispec.Descriptor, mounts []mo
 		return out, fmt.Errorf("content store: %s: %w", desc.Digest, err)
 	}
 	defer ra.Close()
-	z, err := decompress(content.NewReader(ra))
+	stored := &counting{r: content.NewReader(ra)}
+	z, err := decompress(stored)
 	if err != nil {
 		return out, fmt.Errorf("layer %s: %w", desc.Digest, err)
 	}
 	defer z.Close()
-	sum := &counting{r: z, h: sha256.New()}
+	plain := archive.Unpacking(z, func() int64 { return stored.n }, d.store.Limits())
+	sum := &counting{r: plain, h: sha256.New()}
 	if err := d.store.ApplyMount(ctx, source, sum); err != nil {
 		return out, fmt.Errorf("layer %s: %w", desc.Digest, err)
 	}
 	return ocispec.Descriptor{MediaType: ocispec.MediaTypeImageLayer, Size: sum.n, Digest: digest.NewDigest(digest.SHA256, sum.h)}, nil
 }
 
-// counting takes the digest of what goes through it.
+// counting counts what goes through it, and takes its digest if it has a hash.
 type counting struct {
 	r io.Reader
 	h hash.Hash
@@ -222,7 +225,9 @@ type counting struct {
 
 func (c *counting) Read(p []byte) (int, error) {
 	n, err := c.r.Read(p)
-	c.h.Write(p[:n])
+	if c.h != nil {
+		c.h.Write(p[:n])
+	}
 	c.n += int64(n)
 	return n, err
 }

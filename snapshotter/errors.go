@@ -8,6 +8,7 @@ import (
 
 	"mica/engine"
 	"mica/layer"
+	"mica/layer/archive"
 	"mica/thin"
 )
 
@@ -26,6 +27,9 @@ var classes = []struct{ is, class error }{
 	{thin.ErrNoMetaSpace, errdefs.ErrResourceExhausted},
 	{layer.ErrExists, errdefs.ErrAlreadyExists},
 	{layer.ErrInvalid, errdefs.ErrInvalidArgument},
+	{archive.ErrEscape, errdefs.ErrInvalidArgument},
+	{archive.ErrInvalid, errdefs.ErrInvalidArgument},
+	{archive.ErrLimit, errdefs.ErrInvalidArgument},
 	{layer.ErrState, errdefs.ErrFailedPrecondition},
 	{layer.ErrInUse, errdefs.ErrFailedPrecondition},
 	{layer.ErrBusy, errdefs.ErrFailedPrecondition},

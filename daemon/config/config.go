@@ -31,6 +31,7 @@ type Config struct {
 	Pool       Pool       `toml:"pool" doc:"The pool. Sizes and the block size count only when it is made, at the first start."`
 	AutoExtend AutoExtend `toml:"auto_extend" doc:"Growing the pool by itself."`
 	Containers Containers `toml:"containers" doc:"File systems of containers."`
+	Images     Images     `toml:"images" doc:"Bounds of what an image may bring. An archive or a layer beyond one of them is refused, and nothing of it stays. They hold for layers that containerd brings, too."`
 	Exports    Exports    `toml:"exports" doc:"Block devices of containers."`
 	NBD        NBD        `toml:"nbd" doc:"Network block devices: containers attached with --as nbd. They are on the socket RUN/nbd.sock; those attached with --tcp can be reached over TCP too."`
 	Containerd Containerd `toml:"containerd" doc:"What containerd uses as a snapshotter and differ. docs/containerd.md has containerd's side of it."`
@@ -79,6 +80,16 @@ type Containers struct {
 	FileSystem   string   `toml:"file_system" doc:"ext4 or xfs. Counts when the base is made."`
 	MountOptions []string `toml:"mount_options" doc:"Added to the mount options of every container, such as context=... for SELinux."`
 	Discard      bool     `toml:"discard" doc:"Mount with discard: blocks of deleted files go back to the pool at once."`
+}
+
+// Images bounds what images bring.
+type Images struct {
+	MaxArchive Size `toml:"max_archive" doc:"Longest archive that comes as a stream or is compressed as a whole, unpacked: it is kept in ROOT/spool meanwhile."`
+	MaxLayer   Size `toml:"max_layer" doc:"Longest layer, uncompressed, and largest sum of the sizes of the files in it, holes included."`
+	MaxEntries int  `toml:"max_entries" doc:"Entries of a layer."`
+	MaxRatio   int  `toml:"max_ratio" doc:"How many times its size a layer or an archive may unpack to, once that is more than 1G. Holes of sparse files count."`
+	MaxName    Size `toml:"max_name" doc:"Longest path, or target of a link, in a layer; at most 4095."`
+	MaxXattrs  Size `toml:"max_xattrs" doc:"Extended attributes of one file, names and values together."`
 }
 
 // Exports says how devices are exported.
@@ -171,6 +182,7 @@ func Default() Config {
 		},
 		AutoExtend: AutoExtend{Threshold: 80, Step: 20, HostFree: 5},
 		Containers: Containers{BaseSize: 10 << 30, FileSystem: "ext4", Discard: true},
+		Images:     Images{MaxArchive: 1 << 40, MaxLayer: 1 << 40, MaxEntries: 8 << 20, MaxRatio: 10_000, MaxName: 4095, MaxXattrs: 256 << 10},
 		Exports:    Exports{LinkDir: "/dev/mica"},
 		Containerd: Containerd{Enabled: true, Address: "/run/containerd/containerd.sock", ShareLayers: true},
 		Limits: Limits{
@@ -281,6 +293,20 @@ func (c *Config) Validate() error {
 				return bad(key, "%q is not a mount option", o)
 			}
 		}
+	}
+	for _, v := range []struct {
+		key string
+		n   int64
+	}{
+		{"max_archive", int64(c.Images.MaxArchive)}, {"max_layer", int64(c.Images.MaxLayer)}, {"max_entries", int64(c.Images.MaxEntries)},
+		{"max_ratio", int64(c.Images.MaxRatio)}, {"max_name", int64(c.Images.MaxName)}, {"max_xattrs", int64(c.Images.MaxXattrs)},
+	} {
+		if v.n < 1 {
+			return bad("images."+v.key, "%d: want 1 or more", v.n)
+		}
+	}
+	if n := c.Images.MaxName; n > 4095 {
+		return bad("images.max_name", "%d: want 1 to 4095", n)
 	}
 	if err := c.NBD.validate(); err != nil {
 		return err

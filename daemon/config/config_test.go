@@ -77,6 +77,8 @@ func TestParseRefuses(t *testing.T) {
 		{"mount option of a snapshotter", "[containerd.snapshotters.kata]\nmount_options = [\"\"]", []string{"containerd.snapshotters.kata.mount_options"}},
 		{"key of a snapshotter", "[containerd.snapshotters.kata]\nguest = true", []string{"unknown keys", "guest"}},
 		{"containerd's socket", "[containerd]\naddress = \"containerd.sock\"", []string{"containerd.address"}},
+		{"no entry at all", "[images]\nmax_entries = 0", []string{"images.max_entries"}},
+		{"names that Linux cannot open", "[images]\nmax_name = 4096", []string{"images.max_name", "4095"}},
 		{"TCP beyond this host without TLS", "[nbd]\nlisten = \"0.0.0.0:10809\"", []string{"nbd.listen", "only with TLS", "127.0.0.1"}},
 		{"TCP on every address without TLS", "[nbd]\nlisten = \":10809\"", []string{"nbd.listen", "only with TLS"}},
 		{"TCP by name", "[nbd]\nlisten = \"host.example:10809\"", []string{"nbd.listen", "not an IP address"}},

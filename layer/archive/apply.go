@@ -36,11 +36,12 @@ func Apply(ctx context.Context, root string, r io.Reader, o ApplyOptions) (Stats
 		return Stats{}, err
 	}
 	defer dirs.close()
-	br := bufio.NewReaderSize(r, 256<<10)
+	in := &unpacking{r: r, l: o.Limits}
+	br := bufio.NewReaderSize(in, 256<<10)
 	a := &applier{
-		ctx: ctx, o: o, dirs: dirs, tr: tar.NewReader(br),
-		made:  map[string]struct{}{},
-		hid:   map[string]struct{}{},
+		ctx: ctx, o: o, dirs: dirs, in: in, tr: tar.NewReader(br),
+		made:  names{m: map[string]struct{}{}},
+		hid:   names{m: map[string]struct{}{}},
 		times: map[string]times{},
 		buf:   make([]byte, 1<<20),
 	}
@@ -61,6 +62,34 @@ func Apply(ctx context.Context, root string, r io.Reader, o ApplyOptions) (Stats
 	}
 }
 
+// names are a set of paths that knows how much memory they take, more or less.
+type names struct {
+	m     map[string]struct{}
+	bytes int64
+}
+
+// pathCost is what a path costs beside its bytes.
+const pathCost = 64
+
+func (n *names) has(p string) bool {
+	_, ok := n.m[p]
+	return ok
+}
+
+func (n *names) add(p string) {
+	if !n.has(p) {
+		n.m[p] = struct{}{}
+		n.bytes += pathCost + int64(len(p))
+	}
+}
+
+func (n *names) drop(p string) {
+	if n.has(p) {
+		delete(n.m, p)
+		n.bytes -= pathCost + int64(len(p))
+	}
+}
+
 // times are set on a directory when everything in it has been done.
 type times struct{ atime, mtime unix.Timespec }
 
@@ -69,10 +98,11 @@ type applier struct {
 	ctx   context.Context
 	o     ApplyOptions
 	dirs  *dirCache
+	in    *unpacking
 	tr    *tar.Reader
-	made  map[string]struct{} // what this tar brought
-	hid   map[string]struct{} // where something else took the place of a directory
-	times map[string]times    // of directories that were listed or changed
+	made  names            // what this tar brought
+	hid   names            // where something else took the place of a directory
+	times map[string]times // of directories that were listed or changed
 	buf   []byte
 	stats Stats
 }
@@ -120,6 +150,13 @@ func (a *applier) count(hdr *tar.Header) error {
 			hdr.Size, a.stats.Bytes, a.o.MaxBytes, ErrLimit)
 	}
 	a.stats.Bytes += hdr.Size
+	// Holes are in no stream: a few bytes of tar can stand for a disk of zeros.
+	if err := a.o.expands(a.stats.Bytes, a.in.n); err != nil {
+		return err
+	}
+	if n := a.made.bytes + a.hid.bytes; n > a.o.MaxNames {
+		return fmt.Errorf("its paths take %d bytes of memory so far, at most %d: %w", n, a.o.MaxNames, ErrLimit)
+	}
 	sum := 0
 	for k, v := range hdr.PAXRecords {
 		name, ok := strings.CutPrefix(k, paxXattr)
@@ -196,13 +233,13 @@ func (a *applier) entry(hdr *tar.Header) error {
 	if err != nil {
 		return err
 	}
-	a.made[path] = struct{}{}
+	a.made.add(path)
 	return nil
 }
 
 // follow allows symbolic links of lower layers as parents, and refuses those of this tar.
 func (a *applier) follow(path string) error {
-	if _, ok := a.made[path]; ok {
+	if a.made.has(path) {
 		return fmt.Errorf("parent %s is a symbolic link made by the same archive: %w", quote(path), ErrEscape)
 	}
 	return nil
@@ -250,7 +287,7 @@ func (a *applier) makeParent(d *openDir, base string, m meta) (*openDir, error) 
 	if err := a.setDirMeta(n, nil, plain, d.defaultACL); err != nil {
 		return nil, err
 	}
-	a.made[path] = struct{}{}
+	a.made.add(path)
 	a.times[path] = times{plain.atime, plain.mtime}
 	return n, nil
 }

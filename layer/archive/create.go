@@ -199,7 +199,7 @@ func (a *applier) makeLink(d *openDir, base string, hdr *tar.Header) error {
 		return fmt.Errorf("hard link to the root: %w", ErrInvalid)
 	}
 	if rooted {
-		if _, ok := a.made[strings.Join(comps, "/")]; !ok {
+		if !a.made.has(strings.Join(comps, "/")) {
 			return fmt.Errorf("hard link to %s: absolute, and not made by this archive: %w", quote(name), ErrEscape)
 		}
 	}

@@ -79,7 +79,7 @@ func applyInCage(t *testing.T, data []byte) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	_, _ = Apply(context.Background(), root, bytes.NewReader(data), ApplyOptions{MaxBytes: 1 << 20, MaxEntries: 1000})
+	_, _ = Apply(context.Background(), root, bytes.NewReader(data), ApplyOptions{Limits: Limits{MaxBytes: 1 << 20, MaxEntries: 1000}})
 	after, err := treecmp.Read(out, treecmp.Options{})
 	if err != nil {
 		t.Fatal(err)

@@ -23,7 +23,7 @@ func (a *applier) whiteout(parent []string, base string) error {
 		return fmt.Errorf("whiteout of %q: %w", name, ErrInvalid)
 	}
 	d, err := a.dirs.resolve(parent, func(path string) error {
-		if _, ok := a.hid[path]; ok {
+		if a.hid.has(path) {
 			return errHidden
 		}
 		return a.follow(path)
@@ -51,11 +51,11 @@ func (a *applier) whiteout(parent []string, base string) error {
 func (a *applier) remove(d *openDir, base string) error {
 	path := join(d.path, base)
 	delete(a.times, path)
-	delete(a.made, path)
+	a.made.drop(path)
 	err := unix.Unlinkat(d.fd, base, 0)
 	if errors.Is(err, unix.EISDIR) {
 		a.dirs.forget(path)
-		a.hid[path] = struct{}{}
+		a.hid.add(path)
 		err = a.removeDir(d.fd, base)
 	}
 	if err != nil && !errors.Is(err, unix.ENOENT) {
@@ -119,7 +119,7 @@ func (a *applier) removeLower(parent int, dir, base string) (kept bool, err erro
 	if err != nil {
 		return false, fmt.Errorf("stat %s: %w", quote(path), err)
 	}
-	_, mine := a.made[path]
+	mine := a.made.has(path)
 	if !isDir(&st) {
 		if mine {
 			return true, nil

@@ -19,6 +19,8 @@ type Client struct {
 	Timeout time.Duration
 	// Stall is how long an apply or diff may move no byte before it is killed (5 min if 0).
 	Stall time.Duration
+	// Limits bound what an applied layer may bring.
+	Limits archive.Limits
 	// Freeze is how long a file system stays frozen at the most (2 s if 0).
 	Freeze time.Duration
 }
@@ -123,7 +125,7 @@ func (c *Client) Unmount(ctx context.Context, dir string) error {
 // fails the operation. When Apply returns nil everything is on the device and unmounted; after an
 // error the tree is half changed. trim gives unused blocks back at the end.
 func (c *Client) Apply(ctx context.Context, node, fstype string, trim bool, r io.Reader) (Stats, error) {
-	p, err := c.start(Request{Op: opApply, Node: node, FSType: fstype, Trim: trim, Dir: c.Dir}, streamIn)
+	p, err := c.start(Request{Op: opApply, Node: node, FSType: fstype, Trim: trim, Limits: c.Limits, Dir: c.Dir}, streamIn)
 	if err != nil {
 		return Stats{}, err
 	}

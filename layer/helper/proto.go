@@ -37,6 +37,8 @@ type Request struct {
 	Options []string `json:"options,omitempty"` // mount options beside those that the operation needs
 	Trim    bool     `json:"trim,omitempty"`    // apply: give unused blocks back at the end
 	UUID    string   `json:"uuid,omitempty"`    // mkfs
+	// Limits are apply's.
+	Limits archive.Limits `json:"limits,omitzero"`
 	// Changed is diff's archive.DiffOptions.Changed; null is not the same as an empty list.
 	Changed []archive.InodeRange `json:"changed"`
 	// FreezeMS is how long a freeze lasts at the most, in milliseconds.

@@ -23,7 +23,7 @@ func (h *job) apply(ctx context.Context) (resp Response, err error) {
 	if err != nil {
 		return resp, err
 	}
-	st, err := archive.Apply(ctx, dir, in, archive.ApplyOptions{Warn: h.warn})
+	st, err := archive.Apply(ctx, dir, in, archive.ApplyOptions{Limits: h.req.Limits, Warn: h.warn})
 	resp.Entries, resp.Bytes = st.Entries, st.Bytes
 	if err != nil {
 		return resp, err
