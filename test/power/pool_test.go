@@ -5,6 +5,8 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"os"
+	"os/exec"
+	"path/filepath"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -50,7 +52,9 @@ func setup(rng *rand.Rand) trial.Setup {
 
 // A counter sums up what the runs did.
 type counter struct {
-	cuts, runs, lives, ops, failed atomic.Int64
+	cuts, runs, lives, ops, tools, failed atomic.Int64
+
+	dir string // for files that thin_check is shown; empty: it is not installed
 }
 
 // TestPool runs random loads on pools and cuts the power of each at every flush and at many points
@@ -65,6 +69,9 @@ func TestPool(t *testing.T) {
 	}
 	begin := time.Now()
 	var c counter
+	if _, err := exec.LookPath("thin_check"); err == nil {
+		c.dir = shm(t)
+	}
 	var next atomic.Uint64
 	var wg sync.WaitGroup
 	for range 2 {
@@ -80,7 +87,33 @@ func TestPool(t *testing.T) {
 		}()
 	}
 	wg.Wait()
-	t.Logf("%d cuts of %d runs in %d lives, %d operations, %.1f s", c.cuts.Load(), c.runs.Load(), c.lives.Load(), c.ops.Load(), time.Since(begin).Seconds())
+	if c.dir == "" {
+		t.Log("thin_check is not installed (scripts/setup.sh): only our own check was made")
+	} else if n := c.tools.Load(); want >= 10_000 && n < toolCuts && !t.Failed() {
+		t.Errorf("thin_check saw %d cuts, want %d", n, toolCuts)
+	}
+	t.Logf("%d cuts of %d runs in %d lives, %d operations, %d times thin_check, %.1f s", c.cuts.Load(), c.runs.Load(), c.lives.Load(), c.ops.Load(), c.tools.Load(), time.Since(begin).Seconds())
+}
+
+// toolCuts is how many cuts Debian's thin_check must see in an ordinary run.
+const toolCuts = 100
+
+// thinCheck shows a metadata image to thin_check.
+func (c *counter) thinCheck(m *dev.Mem, n int64) error {
+	if c.dir == "" {
+		return nil
+	}
+	c.tools.Add(1)
+	path := filepath.Join(c.dir, fmt.Sprint(n))
+	defer os.Remove(path)
+	p := make([]byte, m.Size())
+	if _, err := m.ReadAt(p, 0); err != nil {
+		return err
+	}
+	if err := os.WriteFile(path, p, 0o600); err != nil {
+		return err
+	}
+	return command("thin_check", path)
 }
 
 // A failure is a run that went wrong.
@@ -152,7 +185,11 @@ func (l *life) cut(rng *rand.Rand, n int, c *counter) (meta, data *dev.Mem, err 
 		if i == goOn {
 			meta, data = m.Clone(), d.Clone()
 		}
-		c.cuts.Add(1)
+		if n := c.cuts.Add(1); n%97 == 0 && c.tools.Load() < 2*toolCuts {
+			if err := c.thinCheck(m, n); err != nil {
+				return nil, nil, fmt.Errorf("cut at %d, unflushed writes of the metadata %v: %w", cut, mm, err)
+			}
+		}
 		if err := l.CheckImages(m, d, cut); err != nil {
 			return nil, nil, fmt.Errorf("cut at %d of %d, unflushed writes: metadata %v, data %v: %w", cut, points[len(points)-1], mm, dm, err)
 		}
