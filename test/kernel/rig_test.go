@@ -7,7 +7,9 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"maps"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"sync"
 	"testing"
@@ -89,17 +91,50 @@ func newRig() (*rig, error) {
 	if err := vm.BuildTestTo(ctx, engineTest, "mica/engine/kernel"); err != nil {
 		return nil, err
 	}
+	binary, image := filepath.Join(dir, "mica"), filepath.Join(dir, "image.tar")
+	if err := vm.BuildTo(ctx, binary, "mica/cmd/mica"); err != nil {
+		return nil, err
+	}
+	if err := makeImage(ctx, dir, image); err != nil {
+		return nil, err
+	}
+	files, err := vm.Programs("mke2fs", "e2fsck", "resize2fs")
+	if err != nil {
+		return nil, err
+	}
+	maps.Copy(files, map[string]string{"/bin/kernelops": program, "/bin/dmioctl.test": dmTest,
+		"/bin/kernel.test": engineTest, "/bin/mica": binary, "/root/image.tar": image})
 	r.m, err = vm.Boot(ctx, vm.Config{
-		Disks:   []vm.Disk{{Path: r.data}, {Path: r.meta}},
-		Modules: []string{"dm-thin-pool", "dm-flakey", "loop"},
-		Files:   map[string]string{"/bin/kernelops": program, "/bin/dmioctl.test": dmTest, "/bin/kernel.test": engineTest},
-		CPUs:    1,
+		Disks:    []vm.Disk{{Path: r.data}, {Path: r.meta}},
+		Modules:  []string{"dm-thin-pool", "dm-flakey", "loop"},
+		Files:    files,
+		CPUs:     1,
+		MemoryMB: 1024,
 	})
 	if err != nil {
 		os.RemoveAll(dir)
 		return nil, err
 	}
 	return r, nil
+}
+
+// makeImage makes a small image with the project's own tool.
+func makeImage(ctx context.Context, dir, file string) error {
+	root := filepath.Join(dir, "root")
+	for name, size := range map[string]int{"etc/release": 100, "bin/large": 3 << 20} {
+		path := filepath.Join(root, name)
+		if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+			return err
+		}
+		if err := os.WriteFile(path, bytes.Repeat([]byte(name), size/len(name)), 0o644); err != nil {
+			return err
+		}
+	}
+	out, err := exec.CommandContext(ctx, "go", "run", "mica/internal/cmd/mkimage", "-o", file, "-name", "base:1", root).CombinedOutput()
+	if err != nil {
+		return fmt.Errorf("mkimage: %w: %s", err, out)
+	}
+	return nil
 }
 
 // removeStale takes away what killed or panicked runs left: directories named after a process
