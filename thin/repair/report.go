@@ -77,7 +77,8 @@ type Report struct {
 	SnapshotDropped bool `json:"metadata_snapshot_dropped"`
 
 	TransactionID uint64 `json:"transaction_id"`
-	// TransactionGuessed: the transaction id is the least that it can be.
+	// TransactionGuessed: the transaction id is that of a damaged superblock, or the least that it
+	// can be.
 	TransactionGuessed bool   `json:"transaction_id_guessed"`
 	Time               uint32 `json:"time"`
 	DataBlockSize      int64  `json:"data_block_size"` // bytes
@@ -139,7 +140,10 @@ func (r *Report) WriteText(w io.Writer) error {
 		fmt.Fprintln(b, "there may have been other devices, of which nothing is known")
 	}
 	guessed := ""
-	if r.TransactionGuessed {
+	switch {
+	case r.TransactionGuessed && r.From == FromDamaged:
+		guessed = " (as the damaged superblock says)"
+	case r.TransactionGuessed:
 		guessed = " (the least that it can be)"
 	}
 	fmt.Fprintf(b, "transaction id %d%s, time %d, %d data blocks of %d bytes\n", r.TransactionID, guessed, r.Time, r.DataBlocks, r.DataBlockSize)
