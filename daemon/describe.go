@@ -66,6 +66,12 @@ func (d *daemon) describe(st *api.Status) {
 	if p.NeedsCheck || p.FailReason != "" {
 		st.Notes = append(st.Notes, failureNote(p, d.loc))
 	}
+	if p.Journal.Problem != "" {
+		st.Notes = append(st.Notes, p.Journal.Problem)
+	}
+	if p.Journal.State == "off" {
+		st.Notes = append(st.Notes, "there is no journal (pool.journal): a killed daemon is like a power cut for its containers")
+	}
 	if promised := p.DataSpaceBytes - max(0, p.HostBytes); p.HostBytes >= 0 && p.HostFreeBytes >= 0 && promised > p.HostFreeBytes {
 		st.Notes = append(st.Notes, fmt.Sprintf("the data file may still grow by %d bytes, its file system has %d free: it can fill up before the pool does", promised, p.HostFreeBytes))
 	}

@@ -63,17 +63,24 @@ func openPool(ctx context.Context, l user.Location, c config.Config, log *slog.L
 	return openUser(ctx, l, c, log)
 }
 
+// journalBytes is the length of the daemon's journal: a million changes in each of its two halves.
+const journalBytes = 64 << 20
+
 func openUser(ctx context.Context, l user.Location, c config.Config, log *slog.Logger) (*opened, error) {
 	o := user.Options{
 		ErrorIfNoSpace: c.Pool.ErrorIfNoSpace, NoSpaceTimeout: time.Duration(c.Pool.NoSpaceTimeout),
 		CommitInterval:  time.Duration(c.Pool.CommitInterval),
 		TableCacheBytes: int64(c.Limits.TableCache), MetaCacheBytes: int64(c.Limits.MetadataCache), Logger: log,
+		NoJournal: !c.Pool.Journal, JournalBytes: journalBytes,
 	}
 	var err error
 	if o.LowWaterMark, err = lowWaterMark(l, c.Pool.LowWater); err != nil {
 		return nil, err
 	}
 	p, err := user.Open(ctx, l, o)
+	if errors.Is(err, user.ErrNoJournal) {
+		return nil, fmt.Errorf("%w\nMake room on a tmpfs at /run or /dev/shm; or set pool.journal = false, and a killed daemon is like a power cut for its containers", err)
+	}
 	if err != nil {
 		return nil, err
 	}

@@ -12,6 +12,7 @@ import (
 
 	"mica/daemon/api"
 	"mica/daemon/client"
+	"mica/engine"
 	"mica/layer"
 )
 
@@ -39,6 +40,24 @@ driver, and more. Used and free space of the pool are those of now.`,
 	}
 	jsonFlag(c, &asJSON)
 	return c
+}
+
+// journalText says whether what is not flushed outlives the daemon.
+func journalText(j engine.Journal) string {
+	text := j.State
+	if text == "" {
+		return "not needed: the pool is in the kernel"
+	}
+	if j.Path != "" {
+		text += ", " + j.Path
+	}
+	if j.TakenOver > 0 {
+		text += fmt.Sprintf(", %d blocks taken over", j.TakenOver)
+	}
+	if j.Problem != "" {
+		text += "; " + j.Problem
+	}
+	return text
 }
 
 func yes(b bool) string {
@@ -97,6 +116,7 @@ func printStatus(w io.Writer, st api.Status) {
 	line("Blocks Being Freed", "%d", p.DataFreeing)
 	line("Commits", "%d", p.Commits)
 	line("Flushes", "%d data, %d metadata", p.DataFlushes, p.MetaFlushes)
+	line("Journal", "%s", journalText(p.Journal))
 	full := "wait"
 	if p.ErrorIfNoSpace {
 		full = "fail"

@@ -51,7 +51,7 @@ func newThinLsCmd() *cobra.Command {
   mica thin ls --metadata /dev/sdc --json`,
 		Args: p.metaArgs(0),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			d, err := p.metadataDevice(args, true)
+			d, err := p.metadataDevice(cmd.Context(), args, true)
 			if err != nil {
 				return err
 			}

@@ -9,6 +9,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"mica/engine/user"
 	"mica/thin"
 )
 
@@ -43,9 +44,15 @@ Exit status 0 if the pool is clean, else 1.`,
 
 // checkMetadata checks a closed pool and prints the report.
 func checkMetadata(cmd *cobra.Command, p *poolFlags, args []string, o thin.CheckOptions, asJSON, quiet bool) error {
-	d, err := p.metadataDevice(args, !o.ClearNeedsCheck && !o.RepairLeaks)
+	d, err := p.metadataDevice(cmd.Context(), args, !o.ClearNeedsCheck && !o.RepairLeaks)
 	if err != nil {
 		return err
+	}
+	if o.RepairLeaks {
+		if err := p.nothingWaits(args); err != nil {
+			d.Close()
+			return err
+		}
 	}
 	bar := newBar(cmd, "check", "blocks", asJSON || quiet)
 	o.Progress = func(done, total uint64) error {
@@ -82,7 +89,7 @@ that 'mica thin restore' and thin_restore read.`,
 		Example: "  mica thin dump /var/lib/mica/pool -o pool.xml",
 		Args:    p.metaArgs(0),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			d, err := p.metadataDevice(args, true)
+			d, err := p.metadataDevice(cmd.Context(), args, true)
 			if err != nil {
 				return err
 			}
@@ -135,11 +142,15 @@ shared. If it fails, the metadata device is left without a superblock.`,
 				defer f.Close()
 				in = f
 			}
-			d, err := p.metadataDevice(args, false)
+			d, err := p.lockMetadata(args, false)
 			if err != nil {
 				return err
 			}
-			return errors.Join(p.about(args, thin.Restore(bufio.NewReaderSize(in, 1<<16), d, o)), d.Close())
+			err = p.about(args, thin.Restore(bufio.NewReaderSize(in, 1<<16), d, o))
+			if err == nil { // what waited for the pool that was there is worth nothing now
+				err = user.DiscardJournal(p.location(args))
+			}
+			return errors.Join(err, d.Close())
 		},
 	}
 	p.addMeta(c)
@@ -170,7 +181,7 @@ compared by where they live, not by their contents.`,
 			if err != nil {
 				return err
 			}
-			d, err := p.metadataDevice(args, true)
+			d, err := p.metadataDevice(cmd.Context(), args, true)
 			if err != nil {
 				return err
 			}

@@ -39,7 +39,7 @@ Blocks that devices share come once for each device.`,
 				}
 				runs = append(runs, run)
 			}
-			d, err := p.metadataDevice(args, true)
+			d, err := p.metadataDevice(cmd.Context(), args, true)
 			if err != nil {
 				return err
 			}

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"os"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -66,16 +67,94 @@ func (p *poolFlags) location(args []string) user.Location {
 
 // open opens the pool, for reading only if asked.
 func (p *poolFlags) open(ctx context.Context, args []string, readOnly bool) (*user.Pool, error) {
-	o := user.Options{ReadOnly: readOnly}
-	o.ErrorIfNoSpace = true // nobody would free space while this process waits
-	o.LockWait = lockWait
-	o.Logger = slog.New(slog.NewTextHandler(io.Discard, nil)) // errors come back from the calls
+	o := p.options()
+	o.ReadOnly = readOnly
 	pool, err := user.Open(ctx, p.location(args), o)
-	return pool, explainLock(err)
+	if err != nil {
+		return nil, explainLock(err)
+	}
+	if s, err := pool.Status(ctx); err == nil {
+		j := s.Journal
+		if j.State == "waiting" {
+			noteWaiting(p.location(args), j.Path, int(j.Entries))
+		}
+		if j.TakenOver > 0 {
+			fmt.Fprintf(os.Stderr, "mica: %s: its last opener was killed: %d blocks that were written or discarded since the last commit were taken over\n", p.location(args), j.TakenOver)
+		}
+		if j.Problem != "" {
+			fmt.Fprintf(os.Stderr, "mica: %s: %s\n", p.location(args), j.Problem)
+		}
+	}
+	return pool, nil
 }
 
-// metadataDevice opens the metadata device alone, under its lock.
-func (p *poolFlags) metadataDevice(args []string, readOnly bool) (dev.Device, error) {
+// options are those of every command.
+func (p *poolFlags) options() user.Options {
+	return user.Options{
+		ErrorIfNoSpace:  true, // nobody would free space while this process waits
+		LockWait:        lockWait,
+		JournalOptional: true,                                           // what a command writes is worth something when it has ended well
+		Logger:          slog.New(slog.NewTextHandler(io.Discard, nil)), // errors come back from the calls
+	}
+}
+
+// noteWaiting says that what is shown is not all.
+func noteWaiting(l user.Location, path string, entries int) {
+	where := l.String()
+	if l.Dir == "" {
+		where = l.Metadata
+	}
+	fmt.Fprintf(os.Stderr, "mica: %s: its last opener was killed: %d changes since the last commit wait in %s and do not show; whoever opens the pool for writing takes them over\n",
+		where, entries, path)
+}
+
+// metadataDevice opens the metadata device alone, under its lock. What an opener that was killed has
+// left is taken over first, if the device is to be written.
+func (p *poolFlags) metadataDevice(ctx context.Context, args []string, readOnly bool) (dev.Device, error) {
+	d, err := p.lockMetadata(args, readOnly)
+	if err != nil {
+		return nil, err
+	}
+	l := p.location(args)
+	w, err := user.JournalWaiting(l)
+	switch {
+	case err != nil:
+		d.Close()
+		return nil, err
+	case w == nil:
+		return d, nil
+	case w.Entries == 0:
+		fmt.Fprintf(os.Stderr, "mica: %s: journal %s cannot be taken over: %s\n", l, w.Path, w.Why)
+		return d, nil
+	case readOnly:
+		noteWaiting(l, w.Path, w.Entries)
+		return d, nil
+	}
+	d.Close()
+	if l.Dir == "" && l.Data == "" {
+		return nil, fmt.Errorf("the last opener of the pool was killed and %d changes wait in %s: they must be taken over first, which needs the data device too: mica pool trim --data DEV --metadata %s",
+			w.Entries, w.Path, l.Metadata)
+	}
+	if err := user.TakeOver(ctx, l, p.options()); err != nil {
+		return nil, explainLock(err)
+	}
+	return p.lockMetadata(args, readOnly)
+}
+
+// nothingWaits refuses a change of the metadata with which changes that wait would be lost: a pool
+// that is marked needs_check does not take them over.
+func (p *poolFlags) nothingWaits(args []string) error {
+	l := p.location(args)
+	w, err := user.JournalWaiting(l)
+	if err == nil && w != nil && w.Entries > 0 {
+		err = fmt.Errorf("%s: %d changes wait in %s, which a repair would make worthless: take the needs_check mark away first (--clear-needs-check)",
+			l.MetadataPath(), w.Entries, w.Path)
+	}
+	return err
+}
+
+// lockMetadata opens the metadata device as it is.
+func (p *poolFlags) lockMetadata(args []string, readOnly bool) (dev.Device, error) {
 	d, err := dev.Open(p.location(args).MetadataPath(), dev.OpenOptions{ReadOnly: readOnly, Lock: true})
 	return d, explainLock(err)
 }

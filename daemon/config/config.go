@@ -63,6 +63,7 @@ type Pool struct {
 	ErrorIfNoSpace bool     `toml:"error_if_no_space" doc:"Writes get ENOSPC at once when the pool is full."`
 	LowWater       Percent  `toml:"low_water" doc:"Free part of the data space at which the event low_water_mark is sent."`
 	CommitInterval Duration `toml:"commit_interval" doc:"Longest time between commits while something changes."`
+	Journal        bool     `toml:"journal" doc:"Keep changes since the last commit in 64M of memory outside the process (on a tmpfs at /run or /dev/shm), so that nothing is lost when the daemon is killed. Without it a killed daemon is like a power cut for its containers."`
 }
 
 // AutoExtend grows the pool.
@@ -178,7 +179,7 @@ func Default() Config {
 		Log:  Log{Level: "info", Format: "text"},
 		Pool: Pool{
 			Engine: engine.Auto, BlockSize: 64 << 10, NoSpaceTimeout: Duration(60 * time.Second), LowWater: 10,
-			CommitInterval: Duration(time.Second),
+			CommitInterval: Duration(time.Second), Journal: true,
 		},
 		AutoExtend: AutoExtend{Threshold: 80, Step: 20, HostFree: 5},
 		Containers: Containers{BaseSize: 10 << 30, FileSystem: "ext4", Discard: true},

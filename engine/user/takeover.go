@@ -243,6 +243,9 @@ func (p *Pool) journalStatus() engine.Journal {
 	return s
 }
 
+// ErrNoJournal: there is no tmpfs with room for a journal.
+var ErrNoJournal = journal.ErrNoPlace
+
 // JournalWaiting looks whether an opener of the pool was killed and left changes that the pool
 // lacks; nil if not. For whoever is about to look at the metadata itself, or to let something
 // else than this engine write to the pool: under the pool's lock, for the journal of a pool that
