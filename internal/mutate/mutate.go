@@ -28,7 +28,8 @@ type Options struct {
 	MaxBytes int      // longest input; 64 KiB
 	Words    []string // that the format has; mixed into the inputs
 	// AllocBase and AllocPerByte bound what one input may allocate: base and a number for each
-	// byte of input. 0: not looked at. Nothing else may run in the process meanwhile.
+	// byte of input. 0: not looked at. Nothing else may run in the process meanwhile. The runtime counts
+	// small objects in batches, so a base of less than 1 MiB is not met.
 	AllocBase, AllocPerByte int64
 	// Limit is the longest time that one input may take. 10 s, which only a hang takes.
 	Limit time.Duration

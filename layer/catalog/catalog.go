@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"os"
 	"sync"
 	"time"
 
@@ -115,10 +116,8 @@ func Open(ctx context.Context, o Options) (*Catalog, error) {
 	}
 	db, err := bbolt.Open(o.Path, 0o600, &bbolt.Options{
 		Timeout: o.LockWait, InitialMmapSize: 64 << 20, FreelistType: bbolt.FreelistMapType,
+		OpenFile: func(path string, _ int, _ os.FileMode) (*os.File, error) { return openFile(path, o.LockWait) },
 	})
-	if errors.Is(err, bberrors.ErrTimeout) {
-		return nil, fmt.Errorf("catalog %s: waited %v: %w", o.Path, o.LockWait, ErrLocked)
-	}
 	if err != nil {
 		return nil, fmt.Errorf("catalog %s: %w", o.Path, err)
 	}
