@@ -1,6 +1,7 @@
 package thin
 
 import (
+	"cmp"
 	"io"
 
 	"mica/dev"
@@ -12,6 +13,9 @@ type DumpOptions struct {
 	MetadataSnap bool
 	// Devices, if not nil, are the only devices to dump, in ascending order.
 	Devices []DevID
+	// DataBlocks is the number of data blocks to name, where the state does not have it: that of
+	// a metadata snapshot. 0: as the state says.
+	DataBlocks uint64
 }
 
 // Dump writes the pool of a device that nobody has open as portable XML. The space maps are
@@ -46,7 +50,7 @@ func (v *View) Dump(w io.Writer, o DumpOptions) error {
 	x.attr("flags", 0)
 	x.attr("version", superblockVersion)
 	x.attr("data_block_size", uint64(v.sb.DataBlockSize))
-	x.attr("nr_data_blocks", v.sb.DataMap.NrBlocks)
+	x.attr("nr_data_blocks", cmp.Or(o.DataBlocks, v.sb.DataMap.NrBlocks))
 	if err := x.end(""); err != nil {
 		return err
 	}
