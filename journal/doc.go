@@ -24,6 +24,9 @@
 //	the superblock to come                              takes the newest generation only
 //	any other                                           takes nothing, and says so
 //
+// Once the superblock to come is known to be written, the one before it is among the others too:
+// somebody has put back an older copy of the pool.
+//
 // Changes may be in the newest generation although the commit that it belongs to has them: taking
 // the last change of each block gives the same mappings again.
 //

@@ -28,6 +28,7 @@ import (
 //	4160    128   done            record: the superblock that a reader's own commit will write
 //	8192    128   follows         record of area 0
 //	8320    128   to come         record of area 0
+//	8448    8     written         number of the generation: the superblock to come is written
 //	12288         the same for area 1
 //	16384         slots of area 0, then as many of area 1
 //
@@ -52,6 +53,7 @@ const (
 	doneAt       = pageBytes + 64
 	generationAt = 2 * pageBytes // and one page on for area 1
 	toComeAt     = 128           // in the page of a generation
+	writtenAt    = 256           // in the page of a generation
 	slotsAt      = 4 * pageBytes
 	slotBytes    = 32
 	recordBytes  = 128

@@ -14,8 +14,8 @@ import (
 // others away; the file has none.
 //
 // Append may be called by any number of goroutines at a time; two changes of one block, and the
-// switches around them, are kept in order by the caller. Switch, Expect, Fail and Remove are
-// called by one goroutine at a time. Nothing is called after Remove or Close.
+// switches around them, are kept in order by the caller. Switch, Expect, Written, Fail
+// and Remove are called by one goroutine at a time. Nothing is called after Remove or Close.
 type Journal struct {
 	m      *mapping
 	open   atomic.Pointer[generation]
@@ -132,6 +132,13 @@ func (j *Journal) Switch(follows State) { j.begin(j.open.Load().number+1, follow
 func (j *Journal) Expect(next State) {
 	g := j.open.Load()
 	putRecord(g.page[toComeAt:], markToCome, g.number, next)
+}
+
+// Written notes that the expected superblock is on the medium: whoever finds the one before it has
+// been given an older copy of the pool.
+func (j *Journal) Written() {
+	g := j.open.Load()
+	word(g.page, writtenAt).Store(g.number)
 }
 
 // Fail makes the journal worthless: the pool has failed, and what it acknowledged since its last

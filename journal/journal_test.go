@@ -36,6 +36,10 @@ func TestGenerations(t *testing.T) {
 	f.wantLost(t, state(3))
 	appendAll(t, j, entries(15, 20)) // and has written it
 	f.want(t, state(2), entries(10, 20))
+	f.want(t, state(1), entries(0, 20)) // nobody knows yet
+	j.Written()
+	f.want(t, state(2), entries(10, 20))
+	f.wantLost(t, state(1))
 
 	j.Switch(state(2)) // the next one
 	f.want(t, state(2), entries(10, 20))
@@ -45,6 +49,7 @@ func TestGenerations(t *testing.T) {
 	j.Expect(state(3))
 	f.want(t, state(2), entries(10, 21))
 	f.want(t, state(3), entries(20, 21))
+	j.Written()
 
 	// One that has nothing to write keeps the superblock.
 	j.Switch(state(3))

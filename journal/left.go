@@ -94,7 +94,7 @@ func (l *Left) Entries(disk State) (entries []Entry, why string) {
 	}
 	entries, lost, why := l.c.choose(disk)
 	if why != "" && lost > 0 {
-		why = fmt.Sprintf("%d entries: %s", lost, why)
+		why = fmt.Sprintf("up to %d entries: %s", lost, why)
 	}
 	return entries, why
 }

@@ -21,6 +21,7 @@ type readGeneration struct {
 	number  uint64
 	follows State
 	toCome  *State
+	written bool    // toCome is on the medium
 	entries []Entry // in order
 }
 
@@ -63,6 +64,7 @@ func read1(b []byte) (*content, error) {
 		g := readGeneration{number: number, follows: follows}
 		if n, s, ok := readRecord(page[toComeAt:], markToCome); ok && n == number {
 			g.toCome = &s
+			g.written = order.Uint64(page[writtenAt:]) == number
 		}
 		g.entries = readArea(b, number)
 		c.gens = append(c.gens, g)
@@ -112,7 +114,7 @@ func (c *content) choose(disk State) (entries []Entry, lost int, why string) {
 	switch {
 	case c.failed:
 		return nil, lost, "the pool had failed: what it acknowledged since its last commit is as after power loss"
-	case newest.follows == disk: // asked first: what is the same as before and after is taken in full
+	case newest.follows == disk && !newest.written: // asked first: what is the same as before and after is taken in full
 		return both, 0, ""
 	case newest.toCome != nil && *newest.toCome == disk:
 		return newest.entries, 0, ""

@@ -122,6 +122,10 @@ func (p *Pool) runCommit() (closed uint64, err error) {
 		err = c.WriteSuperblock()
 		p.metaFlushes.Add(1)
 		p.committed = next
+		p.at("superblock")
+		if p.journal != nil && err == nil {
+			p.journal.Written()
+		}
 	}
 	if err != nil {
 		return 0, p.fail(err)

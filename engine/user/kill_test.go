@@ -224,7 +224,7 @@ func TestKilledWriters(t *testing.T) {
 // TestKilledAtSteps kills at every step of a commit, and at every step of taking over a journal.
 func TestKilledAtSteps(t *testing.T) {
 	k := newKillBox(t)
-	for _, step := range []string{"switched", "written", "expected", "committed"} {
+	for _, step := range []string{"switched", "written", "expected", "superblock", "committed"} {
 		for _, count := range []int{1, 2, 7} {
 			p := k.plan()
 			p.At, p.Count, p.Interval = step, count, time.Millisecond
