@@ -172,18 +172,3 @@ func TestReference(t *testing.T) {
 	}
 	check(reflect.TypeFor[Config]())
 }
-
-func FuzzParse(f *testing.F) {
-	f.Add([]byte(""))
-	f.Add([]byte("[pool]\nsize = \"10G\"\n"))
-	f.Add([]byte("[limits]\nstall_timeout = \"2w\"\n"))
-	f.Add([]byte("[auto_extend]\nenabled = true\nthreshold = \"75%\"\n"))
-	f.Fuzz(func(t *testing.T, b []byte) {
-		c, err := Parse(b)
-		if err == nil {
-			if err := c.Validate(); err != nil {
-				t.Errorf("accepted, but not valid: %v", err)
-			}
-		}
-	})
-}
