@@ -195,7 +195,7 @@ func (w *crashRec) apply(m *Mem, o, n int64) {
 
 // tear does some units of a write.
 func (w *crashRec) tear(m *Mem, unit func(off int64) int64, rng *rand.Rand) {
-	if w.kind == crashGrow {
+	if w.kind == crashGrow || w.whole {
 		if rng.IntN(2) == 0 {
 			w.apply(m, 0, w.n)
 		}

@@ -33,6 +33,7 @@ const (
 
 type crashRec struct {
 	kind       crashKind
+	whole      bool   // never torn
 	lost       bool   // no later flush makes it certain
 	begin, end int    // clock; end is 0 while in flight or if the request failed
 	off, n     int64  // of growth: 0 and the new size
@@ -68,10 +69,12 @@ func (l *CrashLog) add(base *Mem, recs []crashRec) int {
 }
 
 // A CrashRecord is one request of a device that was recorded elsewhere, on the same clock. End is
-// 0 if it did not succeed. Flush, or else Truncate (to N bytes), or else a write of Data at Off.
+// 0 if it did not succeed. Flush, or else Truncate (to N bytes), or else a write of Data at Off,
+// which is never torn if it is Whole (a file that appears by a rename).
 type CrashRecord struct {
 	Begin, End      int
 	Flush, Truncate bool
+	Whole           bool
 	Off, N          int64
 	Data            []byte
 }
@@ -81,7 +84,7 @@ type CrashRecord struct {
 func (l *CrashLog) Load(rs []CrashRecord) *Recorder {
 	var recs []crashRec
 	for _, r := range rs {
-		c := crashRec{begin: r.Begin, end: r.End, off: r.Off, n: int64(len(r.Data)), data: r.Data}
+		c := crashRec{whole: r.Whole, begin: r.Begin, end: r.End, off: r.Off, n: int64(len(r.Data)), data: r.Data}
 		switch {
 		case r.Flush:
 			c.kind = crashFlush

@@ -24,6 +24,7 @@ import (
 	"mica/engine/user"
 	"mica/export/fuse"
 	"mica/export/holder"
+	"mica/internal/recordfs"
 	"mica/layer/helper"
 )
 
@@ -40,6 +41,8 @@ func TestMain(m *testing.M) {
 			err = holder.Run(context.Background(), os.Args[2])
 		case "role-serve":
 			err = serveRole(os.Args[2])
+		case "role-recordfs":
+			err = recordfs.Serve(os.Args[2], os.Stdin, os.Stdout)
 		}
 		if err != nil {
 			fmt.Fprintln(os.Stderr, os.Args[1]+":", err)

@@ -114,6 +114,9 @@ func Open(ctx context.Context, o Options) (*Catalog, error) {
 	if o.Logger == nil {
 		o.Logger = slog.Default()
 	}
+	if err := makeFile(o.Path); err != nil {
+		return nil, fmt.Errorf("catalog %s: %w", o.Path, err)
+	}
 	db, err := bbolt.Open(o.Path, 0o600, &bbolt.Options{
 		Timeout: o.LockWait, InitialMmapSize: 64 << 20, FreelistType: bbolt.FreelistMapType,
 		OpenFile: func(path string, _ int, _ os.FileMode) (*os.File, error) { return openFile(path, o.LockWait) },
@@ -121,6 +124,7 @@ func Open(ctx context.Context, o Options) (*Catalog, error) {
 	if err != nil {
 		return nil, fmt.Errorf("catalog %s: %w", o.Path, err)
 	}
+	dropUnfinished(o.Path)
 	c := &Catalog{
 		db: db, pool: o.Pool, o: o, log: o.Logger,
 		wake: make(chan struct{}, 1), delete: make(chan struct{}, 1),
