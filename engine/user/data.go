@@ -22,6 +22,9 @@ type data struct {
 
 	flushes atomic.Uint64
 	syncs   syncs
+	// dirty: something was written, or made a hole, that no sync which began later covers. Set
+	// before a write is acknowledged. What an earlier opener left is not known.
+	dirty atomic.Bool
 
 	mu   sync.Mutex
 	zero []uint64 // guarded by mu: one bit a block, see knownZero
@@ -30,12 +33,27 @@ type data struct {
 func newData(d dev.Device, bs int64) *data {
 	x := &data{Device: d, bs: bs}
 	x.syncs.cond.L = &x.syncs.mu
+	x.dirty.Store(true)
 	x.discard, _ = d.(dev.Discarder)
 	x.zeroer, _ = d.(dev.Zeroer)
 	if z, ok := d.(dev.DiscardZeroer); ok {
 		x.punches = z.DiscardZeroes()
 	}
 	return x
+}
+
+// touched notes that there is something to sync.
+func (x *data) touched() {
+	if !x.dirty.Load() { // most often it is: no write to a line that all writers share
+		x.dirty.Store(true)
+	}
+}
+
+// WriteAt is that of the device.
+func (x *data) WriteAt(p []byte, off int64) (int, error) {
+	n, err := x.Device.WriteAt(p, off)
+	x.touched()
+	return n, err
 }
 
 func (x *data) pos(b thin.DataBlock) int64 { return int64(b) * x.bs }
@@ -104,7 +122,9 @@ func (x *data) isZero(b thin.DataBlock) bool {
 // blocks are out of everybody's reach.
 func (x *data) punch(r thin.DataRun) bool {
 	if x.discard != nil {
-		if x.discard.Discard(x.pos(r.Begin), int64(r.Len)*x.bs) == nil {
+		err := x.discard.Discard(x.pos(r.Begin), int64(r.Len)*x.bs)
+		x.touched() // a hole that does not outlive a power cut would show what was there
+		if err == nil {
 			if x.punches {
 				x.setZero(r)
 				return true
@@ -129,6 +149,7 @@ func (x *data) forgetZero(r thin.DataRun) {
 func (x *data) writeZeros(off, n int64) error {
 	if n > int64(len(zeroBuf)) && x.zeroer != nil {
 		err := x.zeroer.WriteZeroes(off, n, true)
+		x.touched()
 		if !errors.Is(err, dev.ErrUnsupported) {
 			return err
 		}
@@ -153,13 +174,16 @@ type syncs struct {
 	err     error  // of the one that failed: it is never tried again
 }
 
-// sync makes everything written before the call durable. Once it has failed it fails for ever:
-// the kernel reports a lost write once and forgets it.
+// sync makes everything written before the call durable; it costs nothing if nothing was. Once it
+// has failed it fails for ever: the kernel reports a lost write once and forgets it.
 func (x *data) sync() error {
 	s := &x.syncs
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	want := s.started + 1
+	if !x.dirty.Load() {
+		want-- // the last one that began covers all: it is done, or under way
+	}
 	for s.done < want {
 		if s.err != nil {
 			return s.err
@@ -171,6 +195,7 @@ func (x *data) sync() error {
 		s.running = true
 		s.started++
 		n := s.started
+		x.dirty.Store(false)
 		s.mu.Unlock()
 		x.flushes.Add(1)
 		err := x.Device.Flush()

@@ -22,7 +22,9 @@ func (p *Pool) GrowData(ctx context.Context, sizeBytes int64) error {
 	}
 	p.growMu.Lock()
 	defer p.growMu.Unlock()
-	if err := resize(p.data.Device, sizeBytes); err != nil {
+	err := resize(p.data.Device, sizeBytes)
+	p.data.touched()
+	if err != nil {
 		return fmt.Errorf("%s: %w", what, err)
 	}
 	if err := p.data.findZero(have, want); err != nil {

@@ -9,6 +9,7 @@ import (
 
 	"mica/dev"
 	"mica/engine"
+	"mica/thin"
 )
 
 func TestTokens(t *testing.T) {
@@ -155,6 +156,9 @@ func TestFailedSyncFailsAllWhoShareIt(t *testing.T) {
 	first := make(chan error, 1)
 	go func() { first <- x.sync() }()
 	<-held
+	if _, err := x.WriteAt(fill(1, 512), 0); err != nil { // there is something to sync again
+		t.Fatal(err)
+	}
 	f.Add(dev.Rule{Ops: dev.OpFlush, Times: 1, Err: errIO})
 	const waiters = 5
 	errs := make(chan error, waiters)
@@ -174,5 +178,54 @@ func TestFailedSyncFailsAllWhoShareIt(t *testing.T) {
 	}
 	if n := f.Counts().Flushes; n != 2 {
 		t.Errorf("%d flushes, want 2: none after the failure", n)
+	}
+}
+
+// TestSyncOnlyWhatWasWritten: a sync with nothing to do waits for the one under way, which may hold
+// what its caller wrote, and costs nothing otherwise. What is written during a sync needs another.
+func TestSyncOnlyWhatWasWritten(t *testing.T) {
+	f := dev.NewFault(dev.NewMem(1 << 20))
+	x := newData(f, block)
+	must(t, x.findZero(0, 1<<20/block))
+	must(t, x.sync())
+	must(t, x.sync())
+	if n := f.Counts().Flushes; n != 1 {
+		t.Errorf("%d flushes of what an earlier opener left, and of nothing; want 1", n)
+	}
+	for _, touch := range []func() error{
+		func() error { _, err := x.WriteAt(fill(1, 512), 0); return err },
+		func() error { return x.writeZeros(0, 512<<10) },
+		func() error { x.punch(thin.DataRun{Begin: 1, Len: 1}); return nil },
+	} {
+		before := f.Counts().Flushes
+		must(t, touch())
+		must(t, x.sync())
+		must(t, x.sync())
+		if n := f.Counts().Flushes - before; n != 1 {
+			t.Errorf("%d flushes, want 1", n)
+		}
+	}
+	write := func() error { _, err := x.WriteAt(fill(2, 512), 512); return err }
+	held, release := make(chan struct{}), make(chan struct{})
+	must(t, write())
+	f.Add(dev.Rule{Ops: dev.OpFlush, Times: 1, Pass: true, Before: func(dev.Op, int64, int64) { close(held); <-release }})
+	first, late := make(chan error, 1), make(chan error, 1)
+	go func() { first <- x.sync() }()
+	<-held
+	go func() { late <- x.sync() }() // what it is about may be in the sync under way
+	select {
+	case <-late:
+		close(release)
+		t.Fatal("a sync returned while the one that holds its data is under way")
+	case <-time.After(20 * time.Millisecond):
+	}
+	must(t, write())
+	before := f.Counts().Flushes
+	close(release)
+	must(t, <-first)
+	must(t, <-late)
+	must(t, x.sync())
+	if n := f.Counts().Flushes - before; n < 1 {
+		t.Errorf("%d flushes after a write during a sync, want one", n)
 	}
 }
