@@ -21,7 +21,7 @@ import (
 )
 
 var (
-	kills    = flag.Int("kills", 30, "how many processes TestKilledWriters kills")
+	kills    = flag.Int("kills", 20, "how many processes TestKilledWriters kills")
 	killSeed = flag.Int64("killseed", 0, "seed of the kill tests, 0: a new one")
 )
 
@@ -139,6 +139,9 @@ func (k *killBox) verify(o Options) engine.Journal {
 	}
 	s, err := p.Status(ctx)
 	must(k.t, err)
+	if s.Journal.Problem != "" {
+		k.t.Errorf("journal: %s", s.Journal.Problem)
+	}
 	must(k.t, p.Close())
 	checkFile(k.t, k.loc.MetadataPath())
 	if left, err := filepath.Glob("/dev/shm/mica-journal/*" + fmt.Sprint(inode(k.t, k.loc.MetadataPath()))); err != nil || len(left) > 0 {
@@ -225,7 +228,7 @@ func TestKilledWriters(t *testing.T) {
 func TestKilledAtSteps(t *testing.T) {
 	k := newKillBox(t)
 	for _, step := range []string{"switched", "written", "expected", "superblock", "committed"} {
-		for _, count := range []int{1, 2, 7} {
+		for _, count := range []int{1, 5} {
 			p := k.plan()
 			p.At, p.Count, p.Interval = step, count, time.Millisecond
 			k.run(p, 0)

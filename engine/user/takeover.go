@@ -52,7 +52,7 @@ func (p *Pool) openJournal(id journal.Identity) error {
 	if p.readOnly || p.opts.NoJournal {
 		return nil
 	}
-	p.journal, err = journal.Create(id, o, p.committed, p.kickCommit)
+	p.journal, err = journal.Create(id, o, p.committed, p.journalHalf)
 	switch {
 	case err == nil:
 		if why := p.journal.Unlocked(); why != nil {
@@ -211,6 +211,12 @@ func (r *replay) group(id thin.DevID, changes []journal.Change) error {
 	}
 	r.set += uint64(len(r.batch))
 	return m.Insert(id, r.batch)
+}
+
+// journalHalf is called when the journal is half full, in the middle of a record.
+func (p *Pool) journalHalf() {
+	p.at("half")
+	p.kickCommit()
 }
 
 // kickCommit makes the commit loop commit now.

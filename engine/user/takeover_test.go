@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -35,6 +36,9 @@ func newDying(t *testing.T, o Options) *dyingPool {
 	d := &dyingPool{t: t, l: Location{Dir: filepath.Join(dir, "pool")}, o: o, size: 32 << 20}
 	d.o.Logger = quiet
 	d.o.JournalDirs = []string{filepath.Join(dir, "j")}
+	if d.o.JournalBytes == 0 {
+		d.o.JournalBytes = 1 << 20 // quickly made
+	}
 	if d.o.CommitInterval == 0 {
 		d.o.CommitInterval = time.Hour
 	}
@@ -622,6 +626,35 @@ func TestHalfFullJournalCommits(t *testing.T) {
 	}
 	eventually(t, "a commit", func() bool { return d.p.commits.writes.Load() > before })
 	d.close(h)
+}
+
+// TestListedBeforeJournal: what is in the journal's open generation is on the list that the next
+// commit goes by. The other way round a commit that begins in between would have the change in
+// the generation that it closes, and not in its own set.
+func TestListedBeforeJournal(t *testing.T) {
+	d := newDying(t, Options{JournalBytes: 20 << 10})
+	must(t, d.p.CreateThin(ctx, 1))
+	must(t, d.p.CreateThin(ctx, 2))
+	a, b := d.thin(1), d.thin(2)
+	seen := false
+	d.p.opts.step = func(name string) {
+		if name == "half" {
+			d.p.dirtyMu.Lock()
+			seen = slices.Contains(d.p.dirtyDevs, b.d) && len(b.d.dirty) == 1
+			d.p.dirtyMu.Unlock()
+			if b.d.table.at(0).entries[0].Load() != absent {
+				t.Error("the mapping can be seen before it is in the journal")
+			}
+		}
+	}
+	for i := range int64(32) {
+		write(t, a, fill(1, 512), i*blk)
+	}
+	write(t, b, fill(1, 512), 0)
+	if !seen {
+		t.Error("the device is not on the list while its first change is in the journal")
+	}
+	d.close(a, b)
 }
 
 // TestMappedWritesLeaveTheJournalAlone: it costs only who changes a mapping.
