@@ -62,7 +62,9 @@ type Pool struct {
 	devices    atomic.Int64  // thin devices of the pool
 	views      atomic.Uint64 // counts read-only nodes, for their names
 
-	tableMu sync.Mutex // one change of the pool's own table or life
+	// tableMu is held for writing by who suspends the pool, and for reading by who loads a table
+	// of a thin device, which the kernel refuses meanwhile.
+	tableMu sync.RWMutex
 
 	stop  chan struct{}
 	loops sync.WaitGroup

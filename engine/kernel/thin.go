@@ -7,6 +7,7 @@ import (
 	"io"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -165,7 +166,7 @@ func (p *Pool) release(id thin.DevID, readOnly bool) {
 // makeThin makes the writable node of a device, or takes over a leftover one (found): then only
 // what differs is changed, so that whoever has it mounted notices nothing.
 func (p *Pool) makeThin(name string, table dmioctl.Target) (info dmioctl.Info, found bool, err error) {
-	info, err = p.dm.Activate(name, name, false, table)
+	info, err = p.activateThin(name, false, table)
 	if !errors.Is(err, unix.EBUSY) {
 		return info, false, err
 	}
@@ -181,7 +182,7 @@ func (p *Pool) makeThin(name string, table dmioctl.Target) (info dmioctl.Info, f
 		return info, false, err
 	}
 	if len(live) != 1 || live[0].Type != table.Type || live[0].Params != table.Params || live[0].Length != table.Length {
-		if err := p.dm.Reload(name, false, true, true, table); err != nil {
+		if err := p.reloadThin(name, false, table); err != nil {
 			return info, false, err
 		}
 	}
@@ -189,11 +190,45 @@ func (p *Pool) makeThin(name string, table dmioctl.Target) (info dmioctl.Info, f
 	return info, true, nil
 }
 
+// suspendedWait is how long an active pool that others suspend (to make it longer) is waited for.
+const suspendedWait = 10 * time.Second
+
+// activateThin makes a thin device's node while the pool is not suspended.
+func (p *Pool) activateThin(name string, readOnly bool, table dmioctl.Target) (info dmioctl.Info, err error) {
+	err = p.whileRunning(func() error {
+		info, err = p.dm.Activate(name, name, readOnly, table)
+		return err
+	})
+	return info, err
+}
+
+func (p *Pool) reloadThin(name string, readOnly bool, table dmioctl.Target) error {
+	return p.whileRunning(func() error { return p.dm.Reload(name, readOnly, true, true, table) })
+}
+
+// whileRunning calls fn while this process does not suspend the pool, and again if somebody else
+// did.
+func (p *Pool) whileRunning(fn func() error) error {
+	p.tableMu.RLock()
+	defer p.tableMu.RUnlock()
+	for deadline := time.Now().Add(suspendedWait); ; {
+		err := fn()
+		if !errors.Is(err, unix.EINVAL) || time.Now().After(deadline) {
+			return err
+		}
+		info, ierr := p.dm.Info(p.name)
+		if ierr != nil || !info.Suspended() {
+			return err
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+}
+
 // makeView makes a read-only node.
 func (p *Pool) makeView(id thin.DevID, table dmioctl.Target) (dmioctl.Info, string, error) {
 	for {
 		name := viewName(p.id, id, p.views.Add(1))
-		info, err := p.dm.Activate(name, name, true, table)
+		info, err := p.activateThin(name, true, table)
 		if !errors.Is(err, unix.EBUSY) {
 			return info, name, err
 		}
@@ -446,7 +481,7 @@ func (t *Thin) Resize(sizeBytes int64) error {
 	before := t.size.Swap(sizeBytes)
 	table, err := t.table(context.Background())
 	if err == nil {
-		err = t.p.dm.Reload(t.name, t.readOnly, true, true, table)
+		err = t.p.reloadThin(t.name, t.readOnly, table)
 	}
 	if err != nil {
 		t.size.Store(before)

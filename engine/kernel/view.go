@@ -97,10 +97,8 @@ type batch struct {
 }
 
 func (r *readers) get(ctx context.Context, p *Pool) (*thin.View, func() error, error) {
+	r.turn()
 	r.mu.Lock()
-	if r.slot == nil {
-		r.slot = make(chan struct{}, 1)
-	}
 	b := r.next
 	if b == nil {
 		b = &batch{ready: make(chan struct{})}
@@ -118,6 +116,16 @@ func (r *readers) get(ctx context.Context, p *Pool) (*thin.View, func() error, e
 		return nil, nil, errors.Join(b.err, r.put(p, b))
 	}
 	return b.v, func() error { return r.put(p, b) }, nil
+}
+
+// turn is what whoever holds the metadata snapshot puts a token into.
+func (r *readers) turn() chan struct{} {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.slot == nil {
+		r.slot = make(chan struct{}, 1)
+	}
+	return r.slot
 }
 
 // reserve waits for its turn and takes the snapshot for a batch.
@@ -175,6 +183,42 @@ func (r *readers) let(p *Pool, held bool) error {
 // close waits until nobody is about to take a snapshot.
 func (r *readers) close() { r.wg.Wait() }
 
+// ReserveMetadataSnap holds the metadata snapshot for somebody else, who reads it from the
+// metadata device. Until ReleaseMetadataSnap this process reads no metadata that way. ErrInUse if it
+// is held already.
+func (p *Pool) ReserveMetadataSnap(ctx context.Context) error {
+	slot := p.snaps.turn()
+	select {
+	case slot <- struct{}{}:
+	case <-ctx.Done():
+		return fmt.Errorf("reserve the metadata snapshot: it is being read: %w", ctx.Err())
+	}
+	defer func() { <-slot }()
+	err := p.dm.ReserveMetadataSnap(p.name)
+	if errors.Is(err, unix.EBUSY) {
+		return errHeld
+	}
+	return p.messageErr("reserve the metadata snapshot", err)
+}
+
+// ReleaseMetadataSnap lets it go.
+func (p *Pool) ReleaseMetadataSnap(ctx context.Context) error {
+	slot := p.snaps.turn()
+	select {
+	case slot <- struct{}{}:
+	case <-ctx.Done():
+		return fmt.Errorf("release the metadata snapshot: it is being read: %w", ctx.Err())
+	}
+	defer func() { <-slot }()
+	err := p.dm.ReleaseMetadataSnap(p.name)
+	if errors.Is(err, unix.EINVAL) {
+		return fmt.Errorf("release the metadata snapshot: none is held: %w", thin.ErrNotFound)
+	}
+	return p.messageErr("release the metadata snapshot", err)
+}
+
+var errHeld = fmt.Errorf("the metadata snapshot is held by somebody else (the message release_metadata_snap to the pool lets it go): %w", engine.ErrInUse)
+
 // reserveSnap takes the metadata snapshot. A pool that takes no changes stands still without one.
 func (p *Pool) reserveSnap() (v *thin.View, held bool, err error) {
 	err = p.dm.ReserveMetadataSnap(p.name)
@@ -190,7 +234,7 @@ func (p *Pool) reserveSnap() (v *thin.View, held bool, err error) {
 		v, err = thin.OpenView(beside{p.metaDev})
 		return v, false, err
 	case errors.Is(err, unix.EBUSY):
-		return nil, false, fmt.Errorf("the metadata snapshot is held by somebody else (send the pool the message release_metadata_snap if nobody reads it): %w", engine.ErrInUse)
+		return nil, false, errHeld
 	case err != nil:
 		return nil, false, p.messageErr("reserve the metadata snapshot", err)
 	}
