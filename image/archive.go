@@ -32,8 +32,8 @@ type Options struct {
 	// MaxSpool is the largest uncompressed archive that is spooled, in bytes. 1 TiB.
 	MaxSpool int64
 	// MaxRatio is how many times its size a layer, or an archive that is compressed as a whole,
-	// may unpack to beyond archive.RatioFree bytes. 10,000.
-	MaxRatio int64
+	// may unpack to once that is more than RatioFree bytes. 10,000 and 1 GiB.
+	MaxRatio, RatioFree int64
 }
 
 func (o Options) withDefaults() Options {

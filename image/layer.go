@@ -47,7 +47,7 @@ func (l Layer) open(ctx context.Context) (*layerReader, error) {
 		r.plain = struct {
 			io.Reader
 			io.Closer
-		}{archive.Unpacking(plain, stored, archive.Limits{MaxTar: o.MaxLayer, MaxRatio: o.MaxRatio}), plain}
+		}{archive.Unpacking(plain, stored, archive.Limits{MaxTar: o.MaxLayer, MaxRatio: o.MaxRatio, RatioFree: o.RatioFree}), plain}
 		if want, _ := layerKind(l.MediaType); l.MediaType != "" && want != kind {
 			err = fmt.Errorf("media type %s, but the content is %s", quote(l.MediaType), orPlain(kind))
 		}

@@ -33,7 +33,7 @@ func spool(ctx context.Context, r io.Reader, o Options) (*os.File, error) {
 	if kind == "" {
 		stored = nil
 	}
-	n, err := io.Copy(f, archive.Unpacking(plain, stored, archive.Limits{MaxTar: o.MaxSpool, MaxRatio: o.MaxRatio}))
+	n, err := io.Copy(f, archive.Unpacking(plain, stored, archive.Limits{MaxTar: o.MaxSpool, MaxRatio: o.MaxRatio, RatioFree: o.RatioFree}))
 	if err != nil {
 		f.Close()
 		if errors.Is(err, io.ErrUnexpectedEOF) {

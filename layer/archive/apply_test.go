@@ -354,7 +354,7 @@ type writerFunc func([]byte) (int, error)
 func (f writerFunc) Write(p []byte) (int, error) { return f(p) }
 
 func TestApplyLimits(t *testing.T) {
-	o := ApplyOptions{Limits: Limits{MaxName: 20, MaxEntries: 3, MaxBytes: 100, MaxXattr: 30, MaxNames: 129}}
+	o := ApplyOptions{Limits: Limits{MaxName: 20, MaxEntries: 3, MaxBytes: 100, MaxXattr: 30, MaxNames: 137}}
 	for _, c := range []struct {
 		name string
 		ents []ent
@@ -367,7 +367,7 @@ func TestApplyLimits(t *testing.T) {
 		{"hard link target", []ent{{name: "l", typ: tar.TypeLink, link: strings.Repeat("x", 21)}}, "l", "name of 21 bytes, at most 20"},
 		{"entries", []ent{{name: "1"}, {name: "2"}, {name: "3"}, {name: "4"}}, "4", "more than 3 entries"},
 		{"bytes", []ent{{name: "1", body: strings.Repeat("x", 60)}, {name: "2", body: strings.Repeat("x", 41)}}, "2", "file of 41 bytes after 60 bytes of others, at most 100 in all"},
-		{"memory for paths", []ent{{name: "1"}, {name: "2"}, {name: "3"}}, "3", "its paths take 130 bytes of memory so far, at most 129"},
+		{"memory for paths", []ent{{name: "11111"}, {name: "22222"}, {name: "3"}}, "3", "its paths take 138 bytes of memory so far, at most 137"},
 		{"attributes", []ent{{name: "1", attrs: map[string]string{"user.a": "0123456789", "user.b": "0123456789"}}}, "1", "extended attributes of 32 bytes, at most 30"},
 		{"attribute value", []ent{{name: "1", attrs: map[string]string{"user.a": strings.Repeat("x", 65537)}}}, "1", "of 65537 bytes, at most 65536"},
 		{"attribute name", []ent{{name: "1", attrs: map[string]string{"user." + strings.Repeat("x", 251): "1"}}}, "1", "name of 256 bytes, at most 255"},

@@ -48,9 +48,10 @@ type Limits struct {
 	// MaxTar is the longest uncompressed tar in bytes, what follows its end included. 1 TiB.
 	MaxTar int64 `json:"max_tar,omitempty"`
 	// MaxRatio is how many times its size a stream may unpack to, once it has unpacked to more
-	// than RatioFree bytes: compressed to tar, and tar to files with holes. 10,000. Gzip does not
-	// reach 1,100, zstd and sparse files do.
-	MaxRatio int64 `json:"max_ratio,omitempty"`
+	// than RatioFree bytes: compressed to tar, and tar to files with holes. 10,000 and 1 GiB. Gzip
+	// does not reach 1,100, zstd and sparse files do.
+	MaxRatio  int64 `json:"max_ratio,omitempty"`
+	RatioFree int64 `json:"ratio_free,omitempty"`
 	// MaxXattr is the largest sum of names and values of the extended attributes of one entry,
 	// in bytes. 262,144. A single value is limited to 65,536 by Linux.
 	MaxXattr int `json:"max_xattr,omitempty"`
@@ -58,9 +59,6 @@ type Limits struct {
 	// the length of each and 64. 536,870,912.
 	MaxNames int64 `json:"max_names,omitempty"`
 }
-
-// RatioFree is what a stream may unpack to, in bytes, whatever its own size.
-const RatioFree = 1 << 30
 
 // WithDefaults fills in what is zero.
 func (l Limits) WithDefaults() Limits {
@@ -71,6 +69,7 @@ func (l Limits) WithDefaults() Limits {
 	l.MaxBytes = orDefault(l.MaxBytes, 1<<40)
 	l.MaxTar = orDefault(l.MaxTar, 1<<40)
 	l.MaxRatio = orDefault(l.MaxRatio, 10_000)
+	l.RatioFree = orDefault(l.RatioFree, 1<<30)
 	if l.MaxXattr <= 0 {
 		l.MaxXattr = 256 << 10
 	}
@@ -87,7 +86,7 @@ func orDefault(n, d int64) int64 {
 
 // expands says why a stream that unpacked from stored to n bytes is refused, or nil.
 func (l *Limits) expands(n, stored int64) error {
-	if n <= RatioFree || n/l.MaxRatio <= stored {
+	if n <= l.RatioFree || stored >= (n-1)/l.MaxRatio+1 {
 		return nil
 	}
 	return fmt.Errorf("%d bytes unpack to more than %d, at most %d times as many: %w", stored, n, l.MaxRatio, ErrLimit)
