@@ -61,6 +61,7 @@ type daemon struct {
 	exporter nodeExporter
 	nbd      *nbdServer
 	store    *layer.Store
+	backups  *backups
 	hub      *hub
 	ops      *operations
 	server   *server
@@ -144,6 +145,8 @@ func (d *daemon) open(ctx context.Context) error {
 	if d.pool.sweep != nil {
 		d.pool.sweep()
 	}
+	d.backups = newBackups(d.pool, d.loc, d.c.Root, d.c.Backup, d.log,
+		func(kind, object, detail string) { d.hub.publish(kind, object, detail, time.Time{}) })
 	im := &importer{store: d.store, spool: filepath.Join(d.c.Root, "spool"), c: d.c.Images}
 	d.server = newServer(parts{
 		store: d.store, pool: d.pool.Pool,
@@ -151,7 +154,7 @@ func (d *daemon) open(ctx context.Context) error {
 		check:    d.pool.check,
 		stall:    time.Duration(d.c.Limits.StallTimeout),
 		busy:     nodeUsers,
-		describe: d.describe, describePool: d.describePool,
+		describe: d.describe, describePool: d.describePool, backups: d.backups,
 		nbdTCP: func() bool { return d.nbd.address != "" },
 		quit:   func() { d.once.Do(func() { close(d.quit) }) },
 		snaps:  d.store,
@@ -209,6 +212,7 @@ func (d *daemon) background() {
 		host: func() (int64, int64, bool) { return hostSpace(d.loc.DataPath()) },
 		tell: func(kind, object, detail string) { d.hub.publish(kind, object, detail, time.Time{}) }}
 	d.wg.Go(func() { x.run(d.ctx, poke) })
+	d.wg.Go(func() { d.backups.run(d.ctx) })
 }
 
 // carryPoolEvents brings the pool's events into the hub, and wakes the extender.
@@ -322,6 +326,9 @@ func (d *daemon) close() error {
 	}
 	if d.exporter != nil {
 		add("exports", d.exporter.Close())
+	}
+	if d.backups != nil {
+		d.backups.end()
 	}
 	if d.pool != nil {
 		add("pool", d.pool.Close())

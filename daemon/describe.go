@@ -62,6 +62,11 @@ func (d *daemon) describe(st *api.Status) {
 	if n := len(st.Store.Foreign); n > 0 {
 		st.Notes = append(st.Notes, fmt.Sprintf("%d devices of the pool are foreign: not in the catalog, never touched", n))
 	}
+	b := d.backups.status()
+	st.Backups = &b
+	if n := d.backups.note(); n != "" {
+		st.Notes = append(st.Notes, n)
+	}
 	p := &st.Pool
 	if p.NeedsCheck || p.FailReason != "" {
 		st.Notes = append(st.Notes, failureNote(p, d.loc))

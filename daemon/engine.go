@@ -28,6 +28,8 @@ type opened struct {
 	engine.Pool
 	// check looks through the metadata as of now.
 	check func(ctx context.Context, op *operation) (api.CheckResult, error)
+	// view calls fn with the state as of now, which stands still meanwhile.
+	view func(ctx context.Context, fn func(v *thin.View) error) error
 	// sweep clears away what a predecessor left and nobody has taken over. It may be nil.
 	sweep func()
 	notes []string
@@ -84,15 +86,23 @@ func openUser(ctx context.Context, l user.Location, c config.Config, log *slog.L
 	if err != nil {
 		return nil, err
 	}
-	return &opened{Pool: p, check: func(ctx context.Context, op *operation) (api.CheckResult, error) {
-		// A pool that cannot commit any more is checked as of its last commit.
+	view := func(ctx context.Context, fn func(v *thin.View) error) error {
+		// A pool that cannot commit any more is looked at as of its last commit.
 		if err := p.Commit(ctx); err != nil && !errors.Is(err, dev.ErrReadOnly) && !errors.Is(err, engine.ErrFailed) {
-			return api.CheckResult{}, err
+			return err
 		}
 		v := p.Metadata().Pin()
 		defer v.Unpin()
-		return checkView(ctx, v, op, false)
-	}}, nil
+		return fn(v)
+	}
+	check := func(ctx context.Context, op *operation) (r api.CheckResult, err error) {
+		err = view(ctx, func(v *thin.View) error {
+			r, err = checkView(ctx, v, op, false)
+			return err
+		})
+		return r, err
+	}
+	return &opened{Pool: p, view: view, check: check}, nil
 }
 
 // openKernel activates the pool in the kernel, or takes over what a predecessor left there.
@@ -114,7 +124,7 @@ func openKernel(ctx context.Context, l user.Location, c config.Config, log *slog
 	if err != nil {
 		return nil, err
 	}
-	out := &opened{Pool: p, check: func(ctx context.Context, op *operation) (r api.CheckResult, err error) {
+	out := &opened{Pool: p, view: p.View, check: func(ctx context.Context, op *operation) (r api.CheckResult, err error) {
 		err = p.View(ctx, func(v *thin.View) error {
 			r, err = checkView(ctx, v, op, true)
 			return err

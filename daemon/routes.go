@@ -344,6 +344,7 @@ func routes() []route {
 			codes:   []api.Code{api.CodeTooMany, api.CodeUnsupported, api.CodeCancelled},
 			handle:  (*server).checkPool,
 		},
+		backupRoutes()[0], backupRoutes()[1],
 		{
 			method: "GET", path: "/v1/operations", summary: "Long work: running, and ended not long ago",
 			query:   []param{{name: "state", kind: "string", doc: "only running, done, failed or cancelled ones"}, paramLimit, paramCursor},

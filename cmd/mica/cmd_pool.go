@@ -13,13 +13,14 @@ import (
 func newPoolCmd() *cobra.Command {
 	c := &cobra.Command{
 		Use:   "pool",
-		Short: "Make, grow, trim, check and switch pools",
-		Long: `Make, grow, trim, check and switch pools of blocks.
+		Short: "Make, grow, trim, check, repair and back up pools",
+		Long: `Make, grow, trim, check, repair, back up and switch pools of blocks.
 
 POOL is a pool that no daemon has open: its directory, or --data DEV --metadata DEV. Without
 POOL a command is about the pool of the running daemon.`,
 	}
-	c.AddCommand(newPoolCreateCmd(), newPoolGrowCmd(), newPoolTrimCmd(), newPoolCheckCmd(), newPoolSwitchCmd())
+	c.AddCommand(newPoolCreateCmd(), newPoolGrowCmd(), newPoolTrimCmd(), newPoolCheckCmd(), newPoolSwitchCmd(), newPoolRepairCmd(),
+		newPoolBackupCmd(), newPoolBackupsCmd(), newPoolRestoreCmd())
 	return c
 }
 

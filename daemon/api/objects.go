@@ -136,6 +136,8 @@ type Status struct {
 	Exports   Exports   `json:"exports"`
 	Running   int       `json:"operations_running"`
 	LastEvent uint64    `json:"last_event"`
+	// Backups says how the pool's metadata are backed up.
+	Backups *BackupStatus `json:"backups,omitempty"`
 	// MemoryBytes is the daemon's anonymous resident memory, MemoryLimitBytes the soft limit
 	// given to the garbage collector.
 	MemoryBytes      int64 `json:"memory_bytes"`

@@ -30,6 +30,7 @@ type Config struct {
 	Log        Log        `toml:"log" doc:"What the daemon writes to standard error."`
 	Pool       Pool       `toml:"pool" doc:"The pool. Sizes and the block size count only when it is made, at the first start."`
 	AutoExtend AutoExtend `toml:"auto_extend" doc:"Growing the pool by itself."`
+	Backup     Backup     `toml:"backup" doc:"Backups of the pool's metadata, to which 'mica pool restore' puts a pool back."`
 	Containers Containers `toml:"containers" doc:"File systems of containers."`
 	Images     Images     `toml:"images" doc:"Bounds of what an image may bring. An archive or a layer beyond one of them is refused, and nothing of it stays. They hold for layers that containerd brings, too."`
 	Exports    Exports    `toml:"exports" doc:"Block devices of containers."`
@@ -73,6 +74,13 @@ type AutoExtend struct {
 	Step      Percent `toml:"step" doc:"By how much of its size it grows."`
 	Max       Size    `toml:"max" doc:"Largest size that it grows to. 0: as far as the host's file system has room."`
 	HostFree  Percent `toml:"host_free" doc:"Part of the host's file system that must stay free; growing stops there."`
+}
+
+// Backup says when the metadata are backed up.
+type Backup struct {
+	Interval Duration `toml:"interval" doc:"How often the metadata are backed up, if something has changed. 0: only when the daemon ends."`
+	Keep     int      `toml:"keep" doc:"How many backups stay. 0: none are made."`
+	Dir      string   `toml:"dir" doc:"Directory of the backups. Empty: backups beside the pool's files, or in ROOT for a pool on devices."`
 }
 
 // Containers says what file systems are like.
@@ -182,6 +190,7 @@ func Default() Config {
 			CommitInterval: Duration(time.Second), Journal: true,
 		},
 		AutoExtend: AutoExtend{Threshold: 80, Step: 20, HostFree: 5},
+		Backup:     Backup{Interval: Duration(time.Hour), Keep: 48},
 		Containers: Containers{BaseSize: 10 << 30, FileSystem: "ext4", Discard: true},
 		Images:     Images{MaxArchive: 1 << 40, MaxLayer: 1 << 40, MaxEntries: 8 << 20, MaxRatio: 10_000, MaxName: 4095, MaxXattrs: 256 << 10},
 		Exports:    Exports{LinkDir: "/dev/mica"},
@@ -253,7 +262,7 @@ func (c *Config) Validate() error {
 		}
 	}
 	for _, p := range []struct{ key, path string }{
-		{"pool.data", c.Pool.Data}, {"pool.metadata", c.Pool.Metadata},
+		{"pool.data", c.Pool.Data}, {"pool.metadata", c.Pool.Metadata}, {"backup.dir", c.Backup.Dir},
 	} {
 		if p.path != "" && !filepath.IsAbs(p.path) {
 			return bad(p.key, "%q is not an absolute path", p.path)
@@ -323,6 +332,12 @@ func (c *Config) Validate() error {
 	}
 	if c.AutoExtend.Enabled && c.AutoExtend.Step == 0 {
 		return bad("auto_extend.step", "0%%: want 1%% to 100%%")
+	}
+	if c.Backup.Keep < 0 || c.Backup.Keep > 100000 {
+		return bad("backup.keep", "%d: want 0 to 100000", c.Backup.Keep)
+	}
+	if i := c.Backup.Interval; i != 0 && i < Duration(time.Second) {
+		return bad("backup.interval", "%s is less than 1s", i)
 	}
 	if c.Limits.Operations < 1 || c.Limits.Operations > 1000 {
 		return bad("limits.operations", "%d: want 1 to 1000", c.Limits.Operations)
