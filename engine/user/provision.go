@@ -132,11 +132,16 @@ func (t *Thin) writeLocked(l *leaf, s payload, off int64) (int64, error) {
 	if z := l.zero.Load(); z != nil {
 		t.clearParts(z, off, n)
 	}
+	var err error
 	if s.p == nil {
-		return n, t.p.data.writeZeros(pos, n)
+		err = t.p.data.writeZeros(pos, n)
+	} else {
+		_, err = t.p.data.WriteAt(s.p[:n], pos)
 	}
-	_, err := t.p.data.WriteAt(s.p[:n], pos)
-	return n, err
+	if err != nil {
+		return 0, err // not done: who waits for the host's space does it again
+	}
+	return n, nil
 }
 
 // recordRun enters new mappings, all or none. Their contents are complete.
