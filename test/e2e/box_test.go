@@ -79,6 +79,7 @@ type box struct {
 	*testing.T
 	dir, root, run, pool string
 	config               string // text of the configuration; changed before start
+	program              string // the binary, where it is another than that of all tests
 	serve                *exec.Cmd
 	exited               chan error // of serve
 	tools                []*exec.Cmd
@@ -121,7 +122,11 @@ func (b *box) giveUp() {
 
 // command makes a command of the program.
 func (b *box) command(args ...string) *exec.Cmd {
-	c := exec.Command(program, args...)
+	p := program
+	if b.program != "" {
+		p = b.program
+	}
+	c := exec.Command(p, args...)
 	// A program with the race detector would sleep for a second at its end.
 	c.Env = append(os.Environ(), "MICA_RUN="+b.run, marker+b.dir, "GORACE=atexit_sleep_ms=0")
 	c.Dir = b.dir

@@ -29,7 +29,7 @@ func runWriter(args []string) int {
 		seed, _ := strconv.ParseInt(args[2], 10, 64)
 		off, _ := strconv.ParseInt(args[3], 10, 64)
 		length, _ := strconv.ParseInt(args[4], 10, 64)
-		err = writeBlocks(args[1], seed, off, length)
+		err = writeBlocks(args[1], seed, off, length, len(args) == 6 && args[5] == "nosync")
 	}
 	if err != nil {
 		fmt.Fprintln(os.Stderr, err)
@@ -101,9 +101,10 @@ func fillOp(b []byte, o op, number uint64) {
 	}
 }
 
-// writeBlocks makes numbered random writes to a block device inside a range, syncs each and then
-// prints "begin end" in nanoseconds of the monotonic clock, until the standard input ends.
-func writeBlocks(path string, seed, off, length int64) error {
+// writeBlocks makes numbered random writes to a block device or a file inside a range, syncs each
+// unless told not to, and then prints "begin end" in nanoseconds of the monotonic clock, until the
+// standard input ends.
+func writeBlocks(path string, seed, off, length int64, noSync bool) error {
 	f, err := os.OpenFile(path, os.O_RDWR|unix.O_DIRECT, 0)
 	if err != nil {
 		return err
@@ -126,8 +127,10 @@ func writeBlocks(path string, seed, off, length int64) error {
 		if _, err := f.WriteAt(mem[:o.length], o.off); err != nil {
 			return err
 		}
-		if err := f.Sync(); err != nil {
-			return err
+		if !noSync {
+			if err := f.Sync(); err != nil {
+				return err
+			}
 		}
 		fmt.Println(begin, monotonic())
 	}
