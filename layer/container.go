@@ -41,6 +41,8 @@ func (s *Store) Create(ctx context.Context, o CreateOptions) (Container, bool, e
 	if !errors.Is(err, ErrNotFound) {
 		return Container{}, false, err
 	}
+	soon := s.cat.Expect()
+	defer soon.End()
 	img, err := load[imageBody](s, kindImage, o.Image)
 	if err != nil {
 		return Container{}, false, err
@@ -64,7 +66,7 @@ func (s *Store) Create(ctx context.Context, o CreateOptions) (Container, bool, e
 	rec.body = containerBody{Image: o.Image, ChainID: l.Key, AskedSize: o.SizeBytes, deviceBody: deviceBody{
 		SizeBytes: size, FSType: l.body.FSType, Owner: o.Owner, Labels: o.Labels, Created: now(), GuestOwned: l.body.GuestOwned}}
 	rec.body.setTTL(o.TTL)
-	if err := s.makeContainer(ctx, &rec, l, size > l.body.SizeBytes && !l.body.GuestOwned); err != nil {
+	if err := s.makeContainer(ctx, &rec, l, soon, size > l.body.SizeBytes && !l.body.GuestOwned); err != nil {
 		return Container{}, false, fmt.Errorf("create container %q: %w", o.Name, err)
 	}
 	s.noteExpiry(o.Name, rec.body.Expires)
@@ -74,14 +76,14 @@ func (s *Store) Create(ctx context.Context, o CreateOptions) (Container, bool, e
 
 // makeContainer takes the snapshot and registers it; with grow, only when the file system has
 // been enlarged.
-func (s *Store) makeContainer(ctx context.Context, rec *record[containerBody], l record[layerBody], grow bool) error {
+func (s *Store) makeContainer(ctx context.Context, rec *record[containerBody], l record[layerBody], soon *catalog.Expected, grow bool) error {
 	ids, err := s.cat.Alloc(ctx, 1)
 	if err != nil {
 		return s.wrap(err)
 	}
 	rec.Device = ids[0]
 	create := []catalog.Create{{ID: ids[0], Origin: l.Device}}
-	st := catalog.Step{Creates: create, Apply: func(tx *catalog.Tx) error {
+	st := catalog.Step{Creates: create, Expected: soon, Apply: func(tx *catalog.Tx) error {
 		var err error
 		if rec.body.ID, err = s.newID(tx); err != nil {
 			return err
@@ -89,6 +91,7 @@ func (s *Store) makeContainer(ctx context.Context, rec *record[containerBody], l
 		return put(tx, *rec)
 	}}
 	if grow {
+		soon.End() // it takes a while
 		if err := s.cat.CreateHeld(ctx, create); err != nil {
 			return err
 		}

@@ -6,6 +6,8 @@ import (
 	"os"
 	"testing"
 	"time"
+
+	"mica/thin"
 )
 
 // What the steps of a container's life cost: commits and flushes are counted, times are shown.
@@ -68,4 +70,41 @@ func TestCosts(t *testing.T) {
 type mounter interface {
 	Mount(ctx context.Context, node, dir, fstype string, options []string) error
 	Unmount(ctx context.Context, dir string) error
+}
+
+// TestForkCost: a thousand copies cost as many commits and flushes as one.
+func TestForkCost(t *testing.T) {
+	r := newRig(t)
+	r.dataBytes = 64 << 30 // the metadata has room for a thousand devices
+	s := r.open()
+	ctx := tctx(t)
+	importImage(t, s, "a", []file{{name: "a", data: "a"}})
+	create(t, s, "c", "a")
+	r.mounted("c", func(dir string) { write(t, dir, "b", "b") })
+	var want [3]uint64
+	for _, n := range []int{1, 10, 1000} {
+		ids := must[[]thin.DevID](t)(s.cat.Alloc(ctx, n)) // what is reserved is not what is measured
+		s.cat.Release(ids...)
+		names := make([]string, n)
+		for i := range names {
+			names[i] = fmt.Sprintf("f%d-%d", n, i)
+		}
+		a, err := r.pool.Status(ctx)
+		ok(t, err)
+		begin := time.Now()
+		must[ForkResult](t)(s.Fork(ctx, "c", ForkOptions{Names: names}))
+		took := time.Since(begin)
+		b, err := r.pool.Status(ctx)
+		ok(t, err)
+		got := [3]uint64{b.Commits - a.Commits, b.DataFlushes - a.DataFlushes, b.MetaFlushes - a.MetaFlushes}
+		t.Logf("%d copies: %d commits, %d data and %d metadata flushes, %v", n, got[0], got[1], got[2], took.Round(time.Millisecond))
+		if n == 1 {
+			want = got
+		} else if got[0] > want[0]+1 || got[1] > want[1]+1 || got[2] > want[2]+2 {
+			t.Errorf("%d copies: %v commits, data and metadata flushes; one copy: %v", n, got, want)
+		}
+	}
+	if m := contents(r, "f1000-999"); m["b"] != "b" {
+		t.Errorf("a copy holds %v", m)
+	}
 }

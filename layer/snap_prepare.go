@@ -46,6 +46,8 @@ func (n *SnapStore) prepare(ctx context.Context, o SnapSpec) (m SnapMount, err e
 	if err := errors.Join(checkSnapName(o.Name), checkSnapLabels(o.Labels)); err != nil {
 		return m, err
 	}
+	soon := s.cat.Expect()
+	defer soon.End()
 	if err := s.admit(ctx); err != nil {
 		return m, err
 	}
@@ -80,7 +82,7 @@ func (n *SnapStore) prepare(ctx context.Context, o SnapSpec) (m SnapMount, err e
 			Owner: n.Owner(), Labels: o.Labels, OwnStale: true,
 			GuestOwned: src.body.GuestOwned || n.o.GuestOwned && !o.Unpack}}
 	rec.body.Created = rec.body.Updated
-	own, err := n.makeActive(ctx, &rec, src, size > src.body.SizeBytes && !src.body.GuestOwned)
+	own, err := n.makeActive(ctx, &rec, src, soon, size > src.body.SizeBytes && !src.body.GuestOwned)
 	if err != nil {
 		return m, err
 	}
@@ -120,7 +122,7 @@ func (n *SnapStore) mustBeNew(name string) error {
 
 // makeActive takes the snapshot and registers it; with grow, only when the file system has been
 // enlarged. own are the blocks which that took.
-func (n *SnapStore) makeActive(ctx context.Context, rec *record[snapBody], src source, grow bool) (own int64, err error) {
+func (n *SnapStore) makeActive(ctx context.Context, rec *record[snapBody], src source, soon *catalog.Expected, grow bool) (own int64, err error) {
 	s := n.s
 	ids, err := s.cat.Alloc(ctx, 1)
 	if err != nil {
@@ -128,7 +130,7 @@ func (n *SnapStore) makeActive(ctx context.Context, rec *record[snapBody], src s
 	}
 	rec.Device = ids[0]
 	create := []catalog.Create{{ID: ids[0], Origin: src.dev}}
-	st := catalog.Step{Creates: create, Apply: func(tx *catalog.Tx) error {
+	st := catalog.Step{Creates: create, Expected: soon, Apply: func(tx *catalog.Tx) error {
 		var err error
 		if rec.body.ID, err = s.newID(tx); err != nil {
 			return err
@@ -136,6 +138,7 @@ func (n *SnapStore) makeActive(ctx context.Context, rec *record[snapBody], src s
 		return put(tx, *rec)
 	}}
 	if grow {
+		soon.End() // it takes a while
 		if err := s.cat.CreateHeld(ctx, create); err != nil {
 			return 0, err
 		}

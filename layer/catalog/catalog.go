@@ -103,6 +103,11 @@ type Catalog struct {
 	// holdDeletes: see Options; guarded by mu
 	holdDeletes bool
 	resMu       chan struct{} // one reservation at a time
+
+	coming  int           // steps that Expect told of and that are not in the queue yet; guarded by mu
+	arrived chan struct{} // one of them is, or will not come
+	// gatherLimit is the constant, but in tests; guarded by mu
+	gatherLimit time.Duration
 }
 
 // Open opens the catalog at o.Path, or makes one, and brings it into step with the pool. Where
@@ -130,7 +135,7 @@ func Open(ctx context.Context, o Options) (*Catalog, error) {
 		wake: make(chan struct{}, 1), delete: make(chan struct{}, 1),
 		taken: map[thin.DevID]struct{}{}, held: map[thin.DevID]struct{}{},
 		broken: map[string]string{}, dels: map[thin.DevID]*deletion{},
-		resMu: make(chan struct{}, 1), holdDeletes: o.HoldDeletes,
+		resMu: make(chan struct{}, 1), holdDeletes: o.HoldDeletes, arrived: make(chan struct{}, 1), gatherLimit: gatherLimit,
 	}
 	c.delDone = sync.NewCond(&c.mu)
 	c.ctx, c.cancel = context.WithCancel(context.Background())

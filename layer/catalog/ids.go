@@ -27,7 +27,7 @@ func (c *Catalog) Alloc(ctx context.Context, n int) ([]thin.DevID, error) {
 	var want []thin.DevID
 	if short := n - len(c.free); short > 0 {
 		var err error
-		if want, err = c.pickLocked(max(short, reserveBatch)); err != nil && len(want) < short {
+		if want, err = c.pickLocked(max(short+c.coming, reserveBatch)); err != nil && len(want) < short {
 			c.mu.Unlock()
 			return nil, err
 		}
@@ -126,7 +126,7 @@ func (c *Catalog) CreateHeld(ctx context.Context, creates []Create) error {
 		} else if !c.disown(ctx, ids) {
 			c.Release(ids...)
 		}
-		return fmt.Errorf("create devices %v: %w", ids, err)
+		return fmt.Errorf("create %s: %w", nameDevices(ids), err)
 	}
 	return c.fault("held:after-create")
 }
@@ -168,4 +168,15 @@ func (c *Catalog) disown(ctx context.Context, ids []thin.DevID) bool {
 // engineUncertain tells errors after which a device may exist all the same.
 func engineUncertain(err error) bool {
 	return isAny(err, engine.ErrFailed, context.Canceled, context.DeadlineExceeded)
+}
+
+// nameDevices names devices in a message; of many, the first and the last.
+func nameDevices(ids []thin.DevID) string {
+	switch n := len(ids); {
+	case n == 1:
+		return fmt.Sprintf("device %d", ids[0])
+	case n > 4:
+		return fmt.Sprintf("%d devices, %d to %d", n, slices.Min(ids), slices.Max(ids))
+	}
+	return fmt.Sprintf("devices %v", ids)
 }

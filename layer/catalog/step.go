@@ -30,6 +30,8 @@ type Step struct {
 	// Apply changes the records. It may be called more than once and must depend on the
 	// transaction only. An error undoes the step.
 	Apply func(*Tx) error
+	// Expected, if not nil, is what Expect gave for this step.
+	Expected *Expected
 	// FileOnly: no device comes or goes and no record changes its device (labels, attachments):
 	// the step costs the pool nothing.
 	FileOnly bool
@@ -65,6 +67,9 @@ func (c *Catalog) submit(ctx context.Context, r *request) error {
 		return c.refuse(r, err)
 	}
 	c.queue = append(c.queue, r)
+	if r.Expected != nil {
+		r.Expected.endLocked()
+	}
 	c.mu.Unlock()
 	signal(c.wake)
 	select {
@@ -140,6 +145,7 @@ func (c *Catalog) commitLoop() {
 			}
 			return
 		}
+		c.gather()
 		c.mu.Lock()
 		batch := c.queue
 		c.queue = nil
@@ -308,7 +314,7 @@ func (c *Catalog) failCreate(ctx context.Context, r *request, err error) {
 	for _, cr := range r.Creates {
 		ids = append(ids, cr.ID)
 	}
-	r.err = fmt.Errorf("create devices %v: %w", ids, err)
+	r.err = fmt.Errorf("create %s: %w", nameDevices(ids), err)
 	if errors.Is(err, thin.ErrExists) {
 		r.Creates = nil
 		c.disown(ctx, ids)
