@@ -216,6 +216,8 @@ func (p *Pool) fail(cause error) error {
 			defer p.loops.Done()
 			if err := p.meta.SetNeedsCheck(); err != nil {
 				p.log.Error("could not mark the pool needs_check", "err", err)
+				p.unmarked.Store(true)
+				p.events.send(engine.Event{Kind: engine.EventMode, Detail: "Fail: needs_check could not be written: " + err.Error()})
 			}
 		}()
 		p.commits.mu.Lock()

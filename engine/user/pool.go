@@ -118,6 +118,7 @@ type Pool struct {
 
 	failOnce sync.Once
 	failure  atomic.Pointer[error]
+	unmarked atomic.Bool // the pool has failed, and needs_check could not be written
 
 	trimMu sync.Mutex // held while a trim has free blocks reserved
 	growMu sync.Mutex // one growth at a time
@@ -278,6 +279,8 @@ func (p *Pool) mode() engine.Mode {
 	p.space.mu.Lock()
 	defer p.space.mu.Unlock()
 	switch {
+	case p.unmarked.Load():
+		return engine.ModeFail
 	case p.failed() != nil || p.readOnly:
 		return engine.ModeReadOnly
 	case p.noMeta.Load():
