@@ -45,6 +45,9 @@ type Rule struct {
 	// Pass the request then goes on to the device.
 	Before func(op Op, off, n int64)
 	Pass   bool
+	// Decide, if set, says what becomes of a request on which the rule fires: nil lets it go on,
+	// an error fails it, a write after its first part bytes have been written.
+	Decide func(op Op, off, n int64) (part int64, err error)
 }
 
 // OpCounts counts requests that reached a Fault, failed ones included.
@@ -56,7 +59,7 @@ func (c OpCounts) Sub(o OpCounts) OpCounts {
 }
 
 // A Fault counts the requests of a device and fails those that its rules name. A request that
-// fails has not touched the device. The extras of the device are forwarded. Safe for
+// fails has not touched the device, unless its rule decides otherwise. The extras of the device are forwarded. Safe for
 // concurrent use.
 type Fault struct {
 	forward
@@ -90,27 +93,33 @@ func (f *Fault) Counts() OpCounts {
 	return OpCounts{f.counts[0].Load(), f.counts[1].Load(), f.counts[2].Load(), f.counts[3].Load(), f.counts[4].Load()}
 }
 
-// check counts a request and returns the error it is to fail with.
-func (f *Fault) check(op Op, i int, off, n int64) error {
+// check counts a request and returns the error it is to fail with, and how much of it is done
+// before that.
+func (f *Fault) check(op Op, i int, off, n int64) (part int64, err error) {
 	f.counts[i].Add(1)
 	if !f.active.Load() {
-		return nil
+		return 0, nil
 	}
 	r := f.match(op, off, n)
 	if r == nil {
-		return nil
+		return 0, nil
 	}
 	if r.Before != nil {
 		r.Before(op, off, n)
 	}
 	if r.Pass {
-		return nil
+		return 0, nil
 	}
-	err := r.Err
+	err = r.Err
+	if r.Decide != nil {
+		if part, err = r.Decide(op, off, n); err == nil {
+			return 0, nil
+		}
+	}
 	if err == nil {
 		err = ErrInjected
 	}
-	return fmt.Errorf("%v of bytes [%d, +%d): %w", op, off, n, err)
+	return part, fmt.Errorf("%v of bytes [%d, +%d): %w", op, off, n, err)
 }
 
 func (f *Fault) match(op Op, off, n int64) *Rule {
@@ -138,35 +147,39 @@ func (f *Fault) match(op Op, off, n int64) *Rule {
 }
 
 func (f *Fault) ReadAt(p []byte, off int64) (int, error) {
-	if err := f.check(OpRead, 0, off, int64(len(p))); err != nil {
+	if _, err := f.check(OpRead, 0, off, int64(len(p))); err != nil {
 		return 0, err
 	}
 	return f.Device.ReadAt(p, off)
 }
 
 func (f *Fault) WriteAt(p []byte, off int64) (int, error) {
-	if err := f.check(OpWrite, 1, off, int64(len(p))); err != nil {
-		return 0, err
+	if part, err := f.check(OpWrite, 1, off, int64(len(p))); err != nil {
+		n := 0
+		if part > 0 {
+			n, _ = f.Device.WriteAt(p[:min(part, int64(len(p)))], off)
+		}
+		return n, err
 	}
 	return f.Device.WriteAt(p, off)
 }
 
 func (f *Fault) Flush() error {
-	if err := f.check(OpFlush, 2, 0, 0); err != nil {
+	if _, err := f.check(OpFlush, 2, 0, 0); err != nil {
 		return err
 	}
 	return f.Device.Flush()
 }
 
 func (f *Fault) Discard(off, n int64) error {
-	if err := f.check(OpDiscard, 3, off, n); err != nil {
+	if _, err := f.check(OpDiscard, 3, off, n); err != nil {
 		return err
 	}
 	return f.forward.Discard(off, n)
 }
 
 func (f *Fault) WriteZeroes(off, n int64, keepAllocated bool) error {
-	if err := f.check(OpZero, 4, off, n); err != nil {
+	if _, err := f.check(OpZero, 4, off, n); err != nil {
 		return err
 	}
 	return f.forward.WriteZeroes(off, n, keepAllocated)

@@ -35,6 +35,7 @@ type Device struct {
 	created  span
 	deleted  span
 	number   uint64  // of writes
+	reverted bool    // reopened in a failed pool: what was not durable may be gone
 	maybe    bool    // the creation failed: it may be there
 	madeFrom *Device // of such a device
 	h        engine.Thin
@@ -117,6 +118,22 @@ func (d *Device) durableBefore(cut int) int {
 		}
 	}
 	return t
+}
+
+func (d *Device) revert() {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.reverted = true
+}
+
+// liveSure is the time before which acknowledged writes must be seen in the running pool.
+func (d *Device) liveSure(now int) int {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.reverted {
+		return d.durableBefore(now)
+	}
+	return now
 }
 
 // may reports whether a sector may hold a stamp: of the versions begun by cut, the last one

@@ -11,6 +11,8 @@ import (
 	"sync"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"mica/dev"
 	"mica/engine"
 	"mica/engine/user"
@@ -258,6 +260,37 @@ func (t *Trial) expect(o Op, err error) error {
 	return nil
 }
 
+// CheckLive reads all open devices: each holds what was written last.
+func (t *Trial) CheckLive() error {
+	buf := make([]byte, t.Setup.Sectors*SectorBytes)
+	now := t.Log.Now()
+	for _, d := range t.all {
+		h := d.handle()
+		if h == nil {
+			continue
+		}
+		if _, err := h.ReadAt(buf, 0); err != nil {
+			return err
+		}
+		if err := d.check(buf, 0, d.liveSure(now), now, false); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// EachOpen calls fn with the open devices until it returns an error.
+func (t *Trial) EachOpen(fn func(engine.Thin) error) error {
+	for _, d := range t.all {
+		if h := d.handle(); h != nil {
+			if err := fn(h); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
 // Errors counts the expected errors so far.
 func (t *Trial) Errors() int {
 	t.mu.Lock()
@@ -307,12 +340,17 @@ func (t *Trial) do(o Op, buf []byte) error {
 		if _, err := d.h.ReadAt(buf[:n], off); err != nil {
 			return err
 		}
-		if err := d.check(buf[:n], o.Off, t.Log.Now(), t.Log.Now(), false); err != nil {
+		now := t.Log.Now()
+		if err := d.check(buf[:n], o.Off, d.liveSure(now), now, false); err != nil {
 			return &Wrong{fmt.Errorf("read: %w", err)}
 		}
 		return nil
 	case Peek:
-		if _, err := d.handle().ReadAt(buf[:n], off); err != nil {
+		h := d.handle()
+		if h == nil {
+			return nil
+		}
+		if _, err := h.ReadAt(buf[:n], off); err != nil {
 			return ignore(err, dev.ErrClosed)
 		}
 		if err := d.peeked(buf[:n], o.Off); err != nil {
@@ -429,27 +467,27 @@ func (t *Trial) snap(o Op) error {
 	made := span{begin: t.Log.Now()}
 	err := t.Pool.CreateSnaps(ctx, pairs)
 	made.end = t.Log.Now()
-	var first []uint64
+	var made2 []*Device
 	for _, slot := range targets {
-		if err != nil {
-			if engineUncertain(err) {
-				s := t.newDevice(slot, span{made.begin, 0})
-				s.maybe, s.madeFrom = true, d
-				t.vacate(slot)
-			}
-			continue
+		if err == nil {
+			made2 = append(made2, t.newDevice(slot, made))
+		} else if engineUncertain(err) {
+			s := t.newDevice(slot, span{made.begin, 0})
+			s.maybe, s.madeFrom = true, d
+			t.vacate(slot)
 		}
-		s := t.newDevice(slot, made)
+	}
+	for i, s := range made2 {
 		if err := t.settle(s, d, made); err != nil {
 			if isDeviceError(err) {
-				s.maybe, s.madeFrom = true, d // what it holds could not be seen
+				for _, s := range made2[i:] { // what they hold could not be seen
+					s.maybe, s.madeFrom = true, d
+				}
 				return err
 			}
 			return &Wrong{err}
 		}
-		if first == nil {
-			first = s.base
-		} else if !t.Setup.shared(o.Slot) && !equal(first, s.base) {
+		if i > 0 && !t.Setup.shared(o.Slot) && !equal(made2[0].base, s.base) {
 			return &Wrong{fmt.Errorf("snapshots %d and %d of one moment differ", targets[0]+1, targets[1]+1)}
 		}
 	}
@@ -458,11 +496,8 @@ func (t *Trial) snap(o Op) error {
 
 // isDeviceError: the medium refused, or the pool, not the contents.
 func isDeviceError(err error) bool {
-	return errors.Is(err, ErrMedium) || errors.Is(err, engine.ErrFailed) || errors.Is(err, dev.ErrReadOnly)
+	return errors.Is(err, unix.EIO) || errors.Is(err, engine.ErrFailed) || errors.Is(err, dev.ErrReadOnly)
 }
-
-// ErrMedium is the error with which media of trials fail.
-var ErrMedium = errors.New("input/output error of the trial")
 
 func equal(a, b []uint64) bool {
 	for i := range a {
@@ -500,6 +535,9 @@ func (t *Trial) reopen(d *Device) error {
 	}
 	h, err := t.Pool.Open(ctx, d.ID, t.openOptions(false))
 	if err == nil {
+		if st, serr := t.Pool.Status(ctx); serr == nil && st.FailReason != "" {
+			d.revert()
+		}
 		d.setHandle(h)
 	}
 	return err
@@ -515,7 +553,11 @@ func (t *Trial) grow(o Op) error {
 		if n > t.Setup.MaxMetaBlocks {
 			return nil
 		}
-		return t.Pool.GrowMetadata(ctx, n*4096)
+		err := t.Pool.GrowMetadata(ctx, n*4096)
+		if now, serr := t.Pool.Status(ctx); err != nil && !isDeviceError(err) && serr == nil && int64(now.MetaBlocks) >= n {
+			return nil // another worker was quicker
+		}
+		return err
 	}
 	n := st.DataBlocks + uint64(o.N)
 	if n > t.Setup.MaxDataBlocks {
@@ -560,7 +602,8 @@ func (t *Trial) setTxID() error {
 	next := st.TransactionID + 1
 	return t.noting(&t.txids, next, func() error {
 		err := t.Pool.SetTransactionID(ctx, st.TransactionID, next)
-		if now, serr := t.Pool.Status(ctx); err != nil && serr == nil && now.TransactionID >= next {
+		now, serr := t.Pool.Status(ctx)
+		if err != nil && !isDeviceError(err) && serr == nil && now.TransactionID >= next {
 			return nil // another worker was quicker
 		}
 		return err
