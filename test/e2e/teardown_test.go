@@ -223,8 +223,11 @@ func (b *box) checkFiles() {
 	filepath.WalkDir(b.root, func(path string, d os.DirEntry, err error) error {
 		rel, _ := filepath.Rel(b.root, path)
 		switch rel {
-		case ".", "pool", "pool/data", "pool/metadata", "catalog.db", "spool", "daemon.lock", "lost+found":
+		case ".", "pool", "pool/data", "pool/metadata", "pool/backups", "catalog.db", "spool", "daemon.lock", "lost+found":
 		default:
+			if strings.HasPrefix(rel, "pool/backups/metadata-") && strings.HasSuffix(rel, ".xml.zst") {
+				return nil // made at a clean end
+			}
 			left = append(left, "ROOT/"+rel)
 		}
 		return nil
