@@ -18,6 +18,7 @@ import (
 	"mica/export/fuse"
 	"mica/export/holder"
 	"mica/layer"
+	"mica/lvm"
 )
 
 // Options of Run.
@@ -57,6 +58,7 @@ type daemon struct {
 	memory  int64 // limit in bytes
 
 	locks    []*os.File
+	volume   *lvm.Pool // under the pool, or nil
 	pool     *opened
 	exporter nodeExporter
 	nbd      *nbdServer
@@ -107,6 +109,9 @@ func (d *daemon) open(ctx context.Context) error {
 		return err
 	}
 	var err error
+	if d.volume, err = openVolume(ctx, &d.c, d.log); err != nil {
+		return err
+	}
 	d.loc = poolLocation(d.c.Root, d.c.Pool)
 	if d.pool, err = openPool(ctx, d.loc, d.c, d.log); err != nil {
 		return err
@@ -151,10 +156,11 @@ func (d *daemon) open(ctx context.Context) error {
 	d.server = newServer(parts{
 		store: d.store, pool: d.pool.Pool,
 		importFile: im.file, importStream: im.stream,
-		check:    d.pool.check,
-		stall:    time.Duration(d.c.Limits.StallTimeout),
-		busy:     nodeUsers,
-		describe: d.describe, describePool: d.describePool, backups: d.backups,
+		check:      d.pool.check,
+		stall:      time.Duration(d.c.Limits.StallTimeout),
+		busy:       nodeUsers,
+		addDevices: d.addDevices(),
+		describe:   d.describe, describePool: d.describePool, backups: d.backups,
 		nbdTCP: func() bool { return d.nbd.address != "" },
 		quit:   func() { d.once.Do(func() { close(d.quit) }) },
 		snaps:  d.store,
@@ -208,7 +214,7 @@ func (d *daemon) background() {
 		ends = hostEnds
 	}
 	d.wg.Go(func() { d.watchHostEnd(ends) })
-	x := &extender{pool: d.pool.Pool, c: d.c.AutoExtend, log: d.log,
+	x := &extender{pool: d.pool.Pool, c: d.c.AutoExtend, volume: d.volumeExtender(), log: d.log,
 		host: func() (int64, int64, bool) { return hostSpace(d.loc.DataPath()) },
 		tell: func(kind, object, detail string) { d.hub.publish(kind, object, detail, time.Time{}) }}
 	d.wg.Go(func() { x.run(d.ctx, poke) })

@@ -110,7 +110,13 @@ func openKernel(ctx context.Context, l user.Location, c config.Config, log *slog
 	if err := noSurvivors(c.Run); err != nil {
 		return nil, err
 	}
-	src := kernel.Source{Dir: l.Dir, Data: l.Data, Metadata: l.Metadata, Pool: c.Pool.ThinPool}
+	src := kernel.Source{Dir: l.Dir, Data: l.Data, Metadata: l.Metadata}
+	if c.Pool.ThinPool != "" {
+		if err := refuseThinVolumes(ctx, c.Pool.ThinPool); err != nil {
+			return nil, err
+		}
+		src = kernel.Source{Pool: c.Pool.ThinPool}
+	}
 	o := kernel.Options{ErrorIfNoSpace: c.Pool.ErrorIfNoSpace, Adopt: c.Pool.Adopt, Logger: log}
 	if src.Pool == "" {
 		var err error

@@ -22,11 +22,13 @@ type extender struct {
 	pool engine.Pool
 	c    config.AutoExtend
 	log  *slog.Logger
+	// volume, if not nil, is the LVM volume under the pool, which grows by a policy of its own.
+	volume *volumeExtender
 	// host returns the size and the free space of the file system under the data file in
 	// bytes; ok is false for block devices.
 	host   func() (total, free int64, ok bool)
 	tell   func(kind, object, detail string)
-	warned bool // that the host is nearly full
+	warned bool // that the host, or the volume group, is full
 }
 
 // run looks at the pool when poked and from time to time, until ctx ends.
@@ -51,6 +53,9 @@ func (x *extender) step(ctx context.Context) error {
 	st, err := x.pool.Status(ctx)
 	if err != nil || st.DataBlocks == 0 {
 		return err
+	}
+	if x.volume != nil {
+		return x.extendVolume(ctx, st)
 	}
 	x.watchHost()
 	if !x.c.Enabled || st.DataUsed*100 < uint64(x.c.Threshold)*st.DataBlocks {

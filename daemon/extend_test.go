@@ -9,6 +9,7 @@ import (
 	"mica/daemon/api"
 	"mica/daemon/config"
 	"mica/engine"
+	"mica/lvm"
 )
 
 // TestExtenderNext: how far the data file grows.
@@ -75,5 +76,44 @@ func TestExtenderStep(t *testing.T) {
 	want := []string{api.EventGrow, api.EventHostSpace, api.EventHostSpace}
 	if len(told) != 3 || told[0] != want[0] || told[1] != want[1] || told[2] != want[2] {
 		t.Errorf("told %v, want %v", told, want)
+	}
+}
+
+// TestExtendVolume: LVM is asked only past the threshold of data or metadata, each growth is told,
+// and a volume group without room is told once until there is room again.
+func TestExtendVolume(t *testing.T) {
+	var told []string
+	asked, grew, full := 0, true, false
+	x := &extender{log: slog.New(slog.NewTextHandler(io.Discard, nil)),
+		volume: &volumeExtender{80, func(context.Context) (bool, error) {
+			asked++
+			if full {
+				return false, lvm.ErrNoRoom
+			}
+			return grew, nil
+		}},
+		tell: func(kind, object, detail string) { told = append(told, kind) }}
+	steps := []struct {
+		used, meta  uint64 // of 100
+		grew, full  bool
+		asked, told int // so far
+	}{
+		{79, 79, true, false, 0, 0},
+		{80, 10, true, false, 1, 1},
+		{10, 80, false, false, 2, 1}, // somebody else was faster
+		{90, 10, false, true, 3, 2},
+		{90, 10, false, true, 4, 2},
+		{90, 10, true, false, 5, 3},
+		{90, 10, false, true, 6, 4},
+	}
+	for i, s := range steps {
+		grew, full = s.grew, s.full
+		st := engine.Status{DataBlocks: 100, DataUsed: s.used, MetaBlocks: 100, MetaUsed: s.meta}
+		if err := x.extendVolume(context.Background(), st); err != nil {
+			t.Fatal(err)
+		}
+		if asked != s.asked || len(told) != s.told {
+			t.Errorf("step %d: asked %d times, told %v, want %d and %d", i, asked, told, s.asked, s.told)
+		}
 	}
 }

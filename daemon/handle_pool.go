@@ -41,10 +41,18 @@ func (s *server) df(q *request) (int, any, error) {
 
 func (s *server) growPool(q *request) (int, any, error) {
 	b := q.body.(*api.GrowPool)
-	if b.SizeBytes < 0 || b.MetadataBytes < 0 || b.SizeBytes == 0 && b.MetadataBytes == 0 {
-		return 0, nil, api.Errorf(api.CodeInvalid, "grow: give size_bytes or metadata_bytes, the new size of the data or the metadata device")
+	if b.SizeBytes < 0 || b.MetadataBytes < 0 || b.SizeBytes == 0 && b.MetadataBytes == 0 && len(b.Devices) == 0 {
+		return 0, nil, api.Errorf(api.CodeInvalid, "grow: give size_bytes or metadata_bytes, the new size of the data or the metadata device, or devices")
+	}
+	if len(b.Devices) > 0 && s.addDevices == nil {
+		return 0, nil, api.Errorf(api.CodeUnsupported, "grow: devices can be added to a pool that was made with the LVM tools ([lvm] of the configuration), which this one was not")
 	}
 	return s.background(q, "grow", "pool", b, func(ctx context.Context, _ *operation) (any, error) {
+		if len(b.Devices) > 0 {
+			if err := s.addDevices(ctx, b.Devices, b.Force); err != nil {
+				return nil, err
+			}
+		}
 		// Metadata first: what it could not take must not be there to be filled.
 		if b.MetadataBytes > 0 {
 			if err := s.pool.GrowMetadata(ctx, b.MetadataBytes); err != nil {

@@ -323,7 +323,7 @@ func routes() []route {
 			query:   []param{paramOp, paramWait},
 			body:    api.GrowPool{},
 			replies: operationReplies,
-			codes:   changeCodes(api.CodeTooMany),
+			codes:   changeCodes(api.CodeTooMany, api.CodeUnsupported),
 			change:  true,
 			handle:  (*server).growPool,
 		},

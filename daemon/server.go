@@ -29,6 +29,8 @@ type parts struct {
 	importStream func(ctx context.Context, op *operation, r io.Reader, p api.ImportParams) (api.ImportResult, error)
 	// check looks through the pool's metadata as of its last commit. Nil: it cannot be done.
 	check func(ctx context.Context, op *operation) (api.CheckResult, error)
+	// addDevices puts further block devices under the pool. Nil: the pool is not on LVM.
+	addDevices func(ctx context.Context, devices []string, force bool) error
 	// backups are those of the pool's metadata. Nil: there are none.
 	backups *backups
 	// stall bounds how long a client may neither send nor take a byte of an archive or a diff.

@@ -284,6 +284,7 @@ func TestEndpoints(t *testing.T) {
 			{"POST", "/v1/pool/grow?wait=10s", `{"size_bytes":2147483648}`, 200, map[string]string{"result.data_blocks": "32768"}},
 			{"POST", "/v1/pool/grow?wait=10s", `{"size_bytes":65536}`, 400, map[string]string{"code": "invalid"}},
 			{"POST", "/v1/pool/grow", `{}`, 400, nil},
+			{"POST", "/v1/pool/grow", `{"devices":["/dev/sdb"]}`, 501, map[string]string{"code": "unsupported"}},
 			{"POST", "/v1/pool/trim?wait=10s", "", 200, map[string]string{"result.trimmed_bytes": "1.2582912e+07"}},
 			{"POST", "/v1/pool/check?wait=10s", "", 200, map[string]string{"result.clean": "true"}},
 			{"GET", "/v1/operations", "", 200, map[string]string{"items.0.kind": "grow", "items.2.kind": "trim", "items.3.kind": "check"}},

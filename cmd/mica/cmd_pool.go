@@ -5,6 +5,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"mica/daemon/api"
 	"mica/engine/user"
 	"mica/thin"
 )
@@ -27,24 +28,40 @@ POOL a command is about the pool of the running daemon.`,
 func newPoolCreateCmd() *cobra.Command {
 	var p poolFlags
 	var o user.FormatOptions
+	var volume lvmFlags
 	c := &cobra.Command{
-		Use:   "create DIR | --data DEV --metadata DEV",
+		Use:   "create DIR | --data DEV --metadata DEV | --lvm DEV...",
 		Short: "Make an empty pool",
 		Long: `Make an empty pool in a directory, as the files data (sparse) and metadata, or on two
 devices. Files are made with the given sizes; the default for the data is the smaller of
 100G and 80 % of the host's free space, for the metadata 48 bytes a data block. Block
 devices are used as long as they are.
 
+With --lvm the pool is made with the LVM tools, as a thin pool in a volume group over the given
+block devices, which are used as a whole. It is for the kernel engine; names and percentages are
+those of [lvm] in the configuration. The command prints what to put there, so that the daemon
+uses the pool.
+
 A pool that is there already is refused, and so is a device with a file system, a partition
 table or another signature on it, unless --force is given.`,
 		Example: `  mica pool create /srv/pool --size 200G
-  mica pool create --data /dev/sdb --metadata /dev/nvme0n1p3 --block-size 128K`,
-		Args: p.args(0, 0),
+  mica pool create --data /dev/sdb --metadata /dev/nvme0n1p3 --block-size 128K
+  mica pool create --lvm /dev/sdb --lvm /dev/sdc`,
+		Args: func(cmd *cobra.Command, args []string) error {
+			if len(volume.devices) > 0 && !p.byDevices() && len(args) == 0 {
+				return nil
+			}
+			return p.args(0, 0)(cmd, args)
+		},
 		RunE: func(cmd *cobra.Command, args []string) error {
+			if len(volume.devices) > 0 {
+				return volume.create(cmd, o)
+			}
 			return explainLock(user.Format(cmd.Context(), p.location(args), o))
 		},
 	}
 	p.add(c)
+	volume.add(c)
 	sizeVar(c, &o.DataBytes, "size", 0, "length of the data file (default: see above)")
 	sizeVar(c, &o.MetadataBytes, "metadata-size", 0, "length of the metadata file (default: see above)")
 	sizeVar(c, &o.BlockSize, "block-size", thin.MinBlockSize, "length of a data block: a multiple of 64K up to 1G")
@@ -55,20 +72,29 @@ table or another signature on it, unless --force is given.`,
 func newPoolGrowCmd() *cobra.Command {
 	var p poolFlags
 	var data, metadata int64
+	var devices []string
+	var force bool
 	c := &cobra.Command{
-		Use:   "grow [POOL] [--size N] [--metadata-size N]",
+		Use:   "grow [POOL] [--size N] [--metadata-size N] [--device DEV]...",
 		Short: "Make the data or the metadata of a pool longer",
 		Long: `Make the data or the metadata of a pool longer, to the given lengths. Pools never shrink.
-Writes that wait for space go on at once.`,
+Writes that wait for space go on at once.
+
+A pool that the daemon made with the LVM tools grows over further block devices, which are taken
+as a whole, by the percentages of the configuration.`,
 		Example: `  mica pool grow --size 400G
+  mica pool grow --device /dev/sdc
   mica pool grow /srv/pool --metadata-size 1G`,
 		Args: p.optionalArgs(),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			if data == 0 && metadata == 0 {
-				return usagef("nothing to grow: give --size or --metadata-size")
+			if data == 0 && metadata == 0 && len(devices) == 0 {
+				return usagef("nothing to grow: give --size, --metadata-size or --device")
 			}
 			if !p.named(args) {
-				return growOnline(cmd, data, metadata)
+				return growOnline(cmd, api.GrowPool{SizeBytes: data, MetadataBytes: metadata, Devices: devices, Force: force})
+			}
+			if len(devices) > 0 {
+				return usagef("--device is for the daemon's pool: add a device to the volume group of a closed one with vgextend and lvextend")
 			}
 			pool, err := p.open(cmd.Context(), args, false)
 			if err != nil {
@@ -86,6 +112,8 @@ Writes that wait for space go on at once.`,
 	p.add(c)
 	sizeVar(c, &data, "size", 0, "new length of the data")
 	sizeVar(c, &metadata, "metadata-size", 0, "new length of the metadata")
+	c.Flags().StringArrayVar(&devices, "device", nil, "further block device `DEV` of a pool on LVM; may be repeated")
+	c.Flags().BoolVar(&force, "force", false, "take devices that carry a signature: what they hold is lost")
 	return c
 }
 

@@ -10,10 +10,10 @@ import (
 )
 
 // growOnline grows the daemon's pool.
-func growOnline(cmd *cobra.Command, data, metadata int64) error {
+func growOnline(cmd *cobra.Command, want api.GrowPool) error {
 	c := connect()
 	defer c.Close()
-	op, err := c.GrowPool(cmd.Context(), api.GrowPool{SizeBytes: data, MetadataBytes: metadata}, client.OpOptions{})
+	op, err := c.GrowPool(cmd.Context(), want, client.OpOptions{})
 	if err != nil {
 		return err
 	}

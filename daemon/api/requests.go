@@ -120,6 +120,11 @@ type CreateAttachment struct {
 type GrowPool struct {
 	SizeBytes     int64 `json:"size_bytes,omitempty"`
 	MetadataBytes int64 `json:"metadata_bytes,omitempty"`
+	// Devices are further block devices for a pool that was made with the LVM tools, which grows
+	// over them by the percentages of the configuration.
+	Devices []string `json:"devices,omitempty"`
+	// Force takes devices that carry a signature; what they hold is lost.
+	Force bool `json:"force,omitempty"`
 }
 
 // Shutdown is the body of POST /v1/shutdown.

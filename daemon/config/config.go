@@ -16,6 +16,7 @@ import (
 
 	"mica/engine"
 	"mica/export/nbd"
+	"mica/lvm"
 )
 
 // DefaultFile is read if it exists and no other is named.
@@ -29,6 +30,7 @@ type Config struct {
 	API        API        `toml:"api" doc:"The API's socket, RUN/mica.sock."`
 	Log        Log        `toml:"log" doc:"What the daemon writes to standard error."`
 	Pool       Pool       `toml:"pool" doc:"The pool. Sizes and the block size count only when it is made, at the first start."`
+	LVM        LVM        `toml:"lvm" doc:"A thin pool that is made with the LVM tools and used with the kernel engine, in place of files: what dm.directlvm_device was. All values but devices_force count when it is made, at the first start, and other ones are refused later."`
 	AutoExtend AutoExtend `toml:"auto_extend" doc:"Growing the pool by itself."`
 	Backup     Backup     `toml:"backup" doc:"Backups of the pool's metadata, to which 'mica pool restore' puts a pool back."`
 	Containers Containers `toml:"containers" doc:"File systems of containers."`
@@ -65,6 +67,37 @@ type Pool struct {
 	LowWater       Percent  `toml:"low_water" doc:"Free part of the data space at which the event low_water_mark is sent."`
 	CommitInterval Duration `toml:"commit_interval" doc:"Longest time between commits while something changes."`
 	Journal        bool     `toml:"journal" doc:"Keep changes since the last commit in 64M of memory outside the process (on a tmpfs at /run or /dev/shm), so that nothing is lost when the daemon is killed. Without it a killed daemon is like a power cut for its containers."`
+}
+
+// LVM says from what a thin pool is made with the LVM tools.
+type LVM struct {
+	Devices             []string `toml:"devices" doc:"Empty block devices that are used as a whole, such as [\"/dev/sdb\"]. Add further ones with 'mica pool grow --device'. Empty: no LVM. Was dm.directlvm_device."`
+	DevicesForce        bool     `toml:"devices_force" doc:"Take devices with a file system or another signature on them, which is lost. Was dm.directlvm_device_force."`
+	VolumeGroup         string   `toml:"volume_group" doc:"Name of the volume group."`
+	ThinPool            string   `toml:"thin_pool" doc:"Name of the thin pool in it."`
+	DataPercent         Percent  `toml:"data_percent" doc:"Part of the volume group for data. Was dm.thinp_percent."`
+	MetadataPercent     Percent  `toml:"metadata_percent" doc:"Part of the volume group for metadata; LVM keeps a spare as large. Was dm.thinp_metapercent."`
+	AutoextendThreshold Percent  `toml:"autoextend_threshold" doc:"Used part at which the pool grows within its volume group; 100: never. Was dm.thinp_autoextend_threshold."`
+	AutoextendPercent   Percent  `toml:"autoextend_percent" doc:"By how much of its size it grows. Was dm.thinp_autoextend_percent."`
+}
+
+// Config is the same for package lvm.
+func (l LVM) Config(blockSize Size) lvm.Config {
+	return lvm.Config{
+		Devices: l.Devices, VolumeGroup: l.VolumeGroup, Pool: l.ThinPool, Force: l.DevicesForce,
+		DataPercent: int(l.DataPercent), MetadataPercent: int(l.MetadataPercent),
+		ExtendThreshold: int(l.AutoextendThreshold), ExtendPercent: int(l.AutoextendPercent),
+		BlockSize: int64(blockSize),
+	}
+}
+
+// defaultLVM is what package lvm has by default.
+func defaultLVM() LVM {
+	d := lvm.Defaults()
+	return LVM{
+		VolumeGroup: d.VolumeGroup, ThinPool: d.Pool, DataPercent: Percent(d.DataPercent), MetadataPercent: Percent(d.MetadataPercent),
+		AutoextendThreshold: Percent(d.ExtendThreshold), AutoextendPercent: Percent(d.ExtendPercent),
+	}
 }
 
 // AutoExtend grows the pool.
@@ -189,6 +222,7 @@ func Default() Config {
 			Engine: engine.Auto, BlockSize: 64 << 10, NoSpaceTimeout: Duration(60 * time.Second), LowWater: 10,
 			CommitInterval: Duration(time.Second), Journal: true,
 		},
+		LVM:        defaultLVM(),
 		AutoExtend: AutoExtend{Threshold: 80, Step: 20, HostFree: 5},
 		Backup:     Backup{Interval: Duration(time.Hour), Keep: 48},
 		Containers: Containers{BaseSize: 10 << 30, FileSystem: "ext4", Discard: true},
@@ -276,6 +310,14 @@ func (c *Config) Validate() error {
 	}
 	if c.Pool.ThinPool != "" && (c.Pool.Data != "" || c.Pool.Engine == engine.User) {
 		return bad("pool.thin_pool", "%q is an active pool of the kernel: data and metadata, and the user engine, do not go with it", c.Pool.ThinPool)
+	}
+	if len(c.LVM.Devices) > 0 {
+		if c.Pool.ThinPool != "" || c.Pool.Data != "" || c.Pool.Engine == engine.User {
+			return bad("lvm.devices", "data, metadata and thin_pool of [pool], and the user engine, do not go with it")
+		}
+		if err := c.LVM.Config(c.Pool.BlockSize).Validate(); err != nil {
+			return bad("lvm", "%w", err)
+		}
 	}
 	const minBlock, maxBlock = 64 << 10, 1 << 30
 	if b := c.Pool.BlockSize; b < minBlock || b > maxBlock || b%minBlock != 0 {

@@ -301,13 +301,14 @@ func deviceName(dm *dmioctl.Control, s string) (string, error) {
 }
 
 // refuseLVM refuses a pool in which LVM holds thin volumes: it would find its own record of them
-// wrong. LVM puts such a pool below a device of its own, and gives it the UUID suffix -tpool.
+// wrong. LVM puts such a pool below a device of its own and adds -tpool to its name. Where its
+// volumes are not active only LVM itself knows of them: callers who have its tools ask it.
 func (p *Pool) refuseLVM(info dmioctl.Info) error {
 	refuse := func(why string) error {
 		return fmt.Errorf("%w: %q is managed by LVM, which has thin volumes in it (%s): make a thin pool of its own for mica", ErrForeign, info.Name, why)
 	}
-	if strings.HasPrefix(info.UUID, "LVM-") && strings.HasSuffix(info.UUID, "-tpool") {
-		return refuse("its UUID ends in -tpool")
+	if strings.HasPrefix(info.UUID, "LVM-") && strings.HasSuffix(info.Name, "-tpool") {
+		return refuse("its name ends in -tpool")
 	}
 	list, err := p.dm.List()
 	if err != nil {
