@@ -10,7 +10,6 @@ import (
 	"time"
 
 	"github.com/containerd/containerd/v2/core/mount"
-	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/containerd/v2/pkg/namespaces"
 
 	"mica/bench/store"
@@ -316,5 +315,3 @@ func (r *runner) flushesOfLife(ctx context.Context, id string, s *store.Store) e
 	t.Targets = append(t.Targets, Target{Row: "one prepare", Own: "mica", Want: 5, AtMost: true})
 	return nil
 }
-
-var _ snapshots.Snapshotter = (*store.Store)(nil)

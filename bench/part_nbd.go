@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
-	"strconv"
 
 	"mica/bench/fio"
 	"mica/bench/peer"
@@ -104,7 +103,7 @@ func (r *runner) plainFile(ctx context.Context, path string, filled bool) error 
 
 // qcow2 makes a qcow2 image as long as the others; filled is every cluster written.
 func (r *runner) qcow2(ctx context.Context, file string, filled bool) error {
-	if err := peer.QemuCreate(ctx, file, "qcow2", "", strconv.FormatInt(r.Size, 10)); err != nil || !filled {
+	if err := peer.Qcow2(ctx, file, r.Size); err != nil || !filled {
 		return err
 	}
 	s, err := peer.QemuNBD(ctx, file, "qcow2", r.fresh("s"))

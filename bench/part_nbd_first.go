@@ -82,7 +82,7 @@ func (r *runner) onOverlay(base string, j job) meter {
 	return func(ctx context.Context) (figure, error) {
 		file := r.fresh("overlay")
 		defer os.Remove(file)
-		if err := peer.QemuCreate(ctx, file, "qcow2", base, ""); err != nil {
+		if err := peer.Qcow2Over(ctx, file, base, r.Size); err != nil {
 			return figure{}, err
 		}
 		return once(ctx, device{colQemuQcow2, nil, func(ctx context.Context) (*peer.Server, error) {

@@ -91,7 +91,11 @@ func (t *Table) verdict(g Target) (what, want, got string, met bool) {
 		if g.Peer == "best" {
 			peer = "the best peer (" + peer + ")"
 		}
-		what, want, got = g.Row+": "+g.Own+" / "+peer, sign+" "+number(g.Want), times(v)
+		how := " / "
+		if g.Gain {
+			how = " better than "
+		}
+		what, want, got = g.Row+": "+g.Own+how+peer, sign+" "+number(g.Want), times(v)
 	}
 	if math.IsNaN(v) {
 		return what, want, "not measured", true

@@ -69,6 +69,8 @@ type Target struct {
 	Want float64 `json:"want"`
 	// AtMost: the ratio must not be above Want; else not below.
 	AtMost bool `json:"at_most,omitempty"`
+	// Gain: what counts is how many times better Own is, whichever way the row counts.
+	Gain bool `json:"gain,omitempty"`
 }
 
 // Median of the samples; NaN if there are none.
@@ -134,6 +136,9 @@ func (t *Table) Got(g Target) (ratio float64, peer string) {
 		return own.Median(), ""
 	case "best":
 		return t.best(r, own)
+	}
+	if g.Gain && r.Better == "lower" {
+		return Ratio(t.cell(r, g.Peer), own), g.Peer
 	}
 	return Ratio(own, t.cell(r, g.Peer)), g.Peer
 }

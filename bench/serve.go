@@ -10,6 +10,8 @@ import (
 	"os"
 	"path/filepath"
 	"runtime/pprof"
+	"strconv"
+	"strings"
 	"time"
 
 	"mica/dev"
@@ -26,8 +28,8 @@ import (
 type Serve struct {
 	File string // or
 	Pool string
-	ID   thin.DevID
-	Size int64 // of the thin device, bytes
+	IDs  []thin.DevID // one for NBD
+	Size int64        // of each thin device, bytes
 
 	NBD   string   // Unix socket, or
 	Block string   // a directory for the mount point of FUSE and loop
@@ -36,7 +38,7 @@ type Serve struct {
 	Profile string // where a profile of the processor time goes; ""
 }
 
-// Run serves until ctx ends or in is closed. When it serves it prints the address, one line.
+// Run serves until ctx ends or in is closed. When it serves it prints the addresses, one a line.
 func (s Serve) Run(ctx context.Context, in io.Reader, out io.Writer) (err error) {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
@@ -55,34 +57,47 @@ func (s Serve) Run(ctx context.Context, in io.Reader, out io.Writer) (err error)
 		}
 		defer pprof.StopCPUProfile()
 	}
-	d, closing, err := s.open(ctx)
+	list, closing, err := s.open(ctx)
 	if err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, closing()) }()
 	if s.NBD != "" {
-		return s.serveNBD(ctx, d, out)
+		return s.serveNBD(ctx, list[0], out)
 	}
-	return s.serveBlock(ctx, d, out)
+	return s.serveBlock(ctx, list, out)
 }
 
-func (s Serve) open(ctx context.Context) (dev.Device, func() error, error) {
+func (s Serve) open(ctx context.Context) (list []dev.Device, closing func() error, err error) {
+	closing = func() error {
+		var errs []error
+		for _, d := range list {
+			errs = append(errs, d.Close())
+		}
+		return errors.Join(errs...)
+	}
 	if s.File != "" {
 		d, err := dev.Open(s.File, dev.OpenOptions{})
 		if err != nil {
 			return nil, nil, err
 		}
-		return d, d.Close, nil
+		list = append(list, d)
+		return list, closing, nil
 	}
 	p, err := user.Open(ctx, user.Location{Dir: s.Pool}, user.Options{Logger: slog.New(slog.DiscardHandler)})
 	if err != nil {
 		return nil, nil, err
 	}
-	t, err := p.Open(ctx, s.ID, engine.OpenOptions{SizeBytes: s.Size})
-	if err != nil {
-		return nil, nil, errors.Join(err, p.Close())
+	closeDevices := closing
+	closing = func() error { return errors.Join(closeDevices(), p.Close()) }
+	for _, id := range s.IDs {
+		t, err := p.Open(ctx, id, engine.OpenOptions{SizeBytes: s.Size})
+		if err != nil {
+			return nil, nil, errors.Join(err, closing())
+		}
+		list = append(list, t)
 	}
-	return t, func() error { return errors.Join(t.Close(), p.Close()) }, nil
+	return list, closing, nil
 }
 
 func (s Serve) serveNBD(ctx context.Context, d dev.Device, out io.Writer) error {
@@ -107,7 +122,7 @@ func (s Serve) serveNBD(ctx context.Context, d dev.Device, out io.Writer) error 
 // detachWait bounds the wait for whoever has the node open at the end.
 const detachWait = 10 * time.Second
 
-func (s Serve) serveBlock(ctx context.Context, d dev.Device, out io.Writer) error {
+func (s Serve) serveBlock(ctx context.Context, list []dev.Device, out io.Writer) error {
 	run, err := filepath.Abs(s.Block)
 	if err != nil {
 		return err
@@ -116,13 +131,23 @@ func (s Serve) serveBlock(ctx context.Context, d dev.Device, out io.Writer) erro
 	if err != nil {
 		return err
 	}
-	a, err := e.Attach(ctx, "bench", d, export.AttachOptions{})
-	if err != nil {
-		return errors.Join(err, e.Close())
+	var attached []export.Attachment
+	var nodes strings.Builder
+	for i, d := range list {
+		a, err := e.Attach(ctx, "bench"+strconv.Itoa(i), d, export.AttachOptions{})
+		if err != nil {
+			return errors.Join(err, e.Close())
+		}
+		attached = append(attached, a)
+		fmt.Fprintln(&nodes, a.Node())
 	}
-	fmt.Fprintln(out, a.Node())
+	io.WriteString(out, nodes.String())
 	<-ctx.Done()
 	end, cancel := context.WithTimeout(context.Background(), 2*detachWait)
 	defer cancel()
-	return errors.Join(a.Detach(end), e.Close())
+	var errs []error
+	for _, a := range attached {
+		errs = append(errs, a.Detach(end))
+	}
+	return errors.Join(append(errs, e.Close())...)
 }

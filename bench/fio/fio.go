@@ -85,9 +85,15 @@ func Run(ctx context.Context, jobs ...Job) ([]Figures, error) {
 	c.Stderr = &stderr
 	out, err := c.Output()
 	if err != nil {
-		return nil, fmt.Errorf("fio: %w\n%s%s", err, stderr.Bytes(), tail(out))
+		return nil, fmt.Errorf("fio: %w: %s", err, bytes.TrimSpace(append(tail(stderr.Bytes()), messages(out)...)))
 	}
 	return parse(out, len(jobs))
+}
+
+// messages is what fio printed before its JSON.
+func messages(out []byte) []byte {
+	before, _, _ := bytes.Cut(out, []byte("{"))
+	return tail(before)
 }
 
 func tail(b []byte) []byte { return b[max(0, len(b)-1000):] }

@@ -5,6 +5,7 @@ import (
 	"net"
 	"os"
 	"os/exec"
+	"strconv"
 )
 
 // answers tells whether somebody accepts connections on a Unix socket.
@@ -43,17 +44,14 @@ func QemuNBD(ctx context.Context, file, format, socket string) (*Server, error) 
 	return onSocket(ctx, socket, "qemu-nbd", "--socket="+socket, "--format="+format, "--persistent", "--shared=8", "--discard=unmap", file)
 }
 
-// QemuCreate makes an image; backing, if not empty, is a qcow2 image below it.
-func QemuCreate(ctx context.Context, file, format, backing, size string) error {
-	args := []string{"create", "-q", "-f", format}
-	if backing != "" {
-		args = append(args, "-b", backing, "-F", "qcow2")
-	}
-	args = append(args, file)
-	if size != "" {
-		args = append(args, size)
-	}
-	return run(ctx, "qemu-img", args...)
+// Qcow2 makes an empty qcow2 image of size bytes.
+func Qcow2(ctx context.Context, file string, size int64) error {
+	return run(ctx, "qemu-img", "create", "-q", "-f", "qcow2", file, strconv.FormatInt(size, 10))
+}
+
+// Qcow2Over makes a qcow2 image of size bytes over another, which it does not open.
+func Qcow2Over(ctx context.Context, file, backing string, size int64) error {
+	return run(ctx, "qemu-img", "create", "-q", "-u", "-f", "qcow2", "-b", backing, "-F", "qcow2", file, strconv.FormatInt(size, 10))
 }
 
 func run(ctx context.Context, name string, args ...string) error {

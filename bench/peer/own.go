@@ -19,6 +19,7 @@ type Own struct {
 	File string // a plain file, or
 	Pool string // a pool's directory, and
 	ID   thin.DevID
+	More []thin.DevID // served beside ID, as block devices
 	Size int64
 	// Profile, if not empty, is where a profile of the server's processor time goes.
 	Profile string
@@ -40,7 +41,11 @@ func (o Own) start(ctx context.Context, how, where string) (*Server, error) {
 	if o.File != "" {
 		args = append(args, "--file", o.File)
 	} else {
-		args = append(args, "--pool", o.Pool, "--id", strconv.Itoa(int(o.ID)), "--size", strconv.FormatInt(o.Size, 10))
+		var ids []string
+		for _, id := range append([]thin.DevID{o.ID}, o.More...) {
+			ids = append(ids, strconv.Itoa(int(id)))
+		}
+		args = append(args, "--pool", o.Pool, "--id", strings.Join(ids, ","), "--size", strconv.FormatInt(o.Size, 10))
 	}
 	if o.Profile != "" {
 		args = append(args, "--cpuprofile", o.Profile)
@@ -55,10 +60,10 @@ func (o Own) start(ctx context.Context, how, where string) (*Server, error) {
 		s.Stop()
 		return nil, err
 	}
-	if addr := strings.TrimSpace(p.printed()); how == "--nbd" {
-		s.URI = addr
+	if addr := strings.Fields(p.printed()); how == "--nbd" {
+		s.URI = addr[0]
 	} else {
-		s.Node = addr
+		s.Node, s.More = addr[0], addr[1:]
 	}
 	return s, nil
 }

@@ -18,8 +18,9 @@ import (
 
 // A Server is one running server of one block device.
 type Server struct {
-	URI  string // for NBD clients; "" if it serves a node
-	Node string // block device; "" if it serves a URI
+	URI  string   // for NBD clients; "" if it serves a node
+	Node string   // block device; "" if it serves a URI
+	More []string // further block devices
 	proc *process
 	undo []func() error // last first
 }

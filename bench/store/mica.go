@@ -2,6 +2,7 @@ package store
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
@@ -110,9 +111,9 @@ func (d *Daemon) Stop() error {
 	select {
 	case <-d.exited:
 	case <-time.After(20 * time.Second):
-		d.cmd.Process.Kill()
+		d.cmd.Process.Signal(syscall.SIGQUIT) // its log then says what it waits for
 		<-d.exited
-		err = fmt.Errorf("the daemon did not end: %w", err)
+		err = errors.Join(errors.New("the daemon did not end"), err)
 	}
 	if err != nil {
 		err = fmt.Errorf("%w: %s", err, d.logged())

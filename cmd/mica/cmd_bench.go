@@ -96,9 +96,9 @@ func partList() string {
 // newBenchServeCmd is the role of a server that is measured.
 func newBenchServeCmd() *cobra.Command {
 	var s bench.Serve
-	var id uint32
+	var ids []uint
 	c := &cobra.Command{
-		Use:    "serve --nbd SOCKET | --block DIR  --file FILE | --pool DIR --id N --size N",
+		Use:    "serve --nbd SOCKET | --block DIR  --file FILE | --pool DIR --id N,... --size N",
 		Short:  "Serve a device that is measured",
 		Hidden: true,
 		Args:   cobra.NoArgs,
@@ -108,7 +108,10 @@ func newBenchServeCmd() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			s.ID, s.Loop = thin.DevID(id), []string{exe, "helper", "loop"}
+			for _, id := range ids {
+				s.IDs = append(s.IDs, thin.DevID(id))
+			}
+			s.Loop = []string{exe, "helper", "loop"}
 			if s.NBD != "" {
 				if s.NBD, err = filepath.Abs(s.NBD); err != nil {
 					return err
@@ -121,9 +124,10 @@ func newBenchServeCmd() *cobra.Command {
 	c.Flags().StringVar(&s.Block, "block", "", "serve a block device, with this directory for its mount point")
 	c.Flags().StringVar(&s.File, "file", "", "what is served: a file")
 	c.Flags().StringVar(&s.Pool, "pool", "", "what is served: a thin device of the pool in this directory")
-	c.Flags().Uint32Var(&id, "id", 0, "the thin device")
-	sizeVar(c, &s.Size, "size", 0, "length of the thin device")
+	c.Flags().UintSliceVar(&ids, "id", nil, "the thin device, or several")
+	sizeVar(c, &s.Size, "size", 0, "length of each thin device")
 	c.Flags().StringVar(&s.Profile, "cpuprofile", "", "write a profile of the processor time to this file")
+	c.MarkFlagsRequiredTogether("pool", "id", "size")
 	c.MarkFlagsOneRequired("nbd", "block")
 	c.MarkFlagsOneRequired("file", "pool")
 	c.MarkFlagsMutuallyExclusive("nbd", "block")
