@@ -86,7 +86,7 @@ func (m *Metadata) CreateSnap(id, origin DevID) error {
 	t := m.sb.Time
 	if o.MappedBlocks > 0 && (!o.newestKnown || o.newest >= t) {
 		if t++; t >= MaxTime {
-			return fmt.Errorf("%s: the pool's time has reached %d, the last that 24 bits hold: dump and restore the pool", what, MaxTime-1)
+			return fmt.Errorf("%s: %w: %d is the last that 24 bits hold", what, ErrTime, MaxTime-1)
 		}
 	}
 	m.changed = true
@@ -100,7 +100,7 @@ func (m *Metadata) CreateSnap(id, origin DevID) error {
 		if t > 0 {
 			newest = t - 1
 		}
-		s := &device{root: o.root, newest: newest, newestKnown: true, Details: o.Details}
+		s := &device{root: o.root, newest: newest, newestKnown: true, Details: o.Details, compacted: o.compacted}
 		if o.MappedBlocks == 0 {
 			s.newest = 0
 		}

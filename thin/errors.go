@@ -16,6 +16,8 @@ var (
 	ErrNotFound = errors.New("no such thin device")
 	// ErrNoMetaSpace: the metadata device has no room for the change.
 	ErrNoMetaSpace = errors.New("out of metadata space")
+	// ErrTime: the pool's time cannot be raised; Compact makes room.
+	ErrTime = errors.New("the pool's time is at its end")
 	// ErrNeedsCheck: the pool is marked needs_check; check it first.
 	ErrNeedsCheck = errors.New("needs check")
 	// ErrReadOnly: the metadata was opened read-only, or an operation on it has failed.

@@ -90,7 +90,7 @@ func TestTimeRunsOut(t *testing.T) {
 	p.insert(1, 0, 5, 1)
 	p.snap(2, 1)
 	p.insert(1, 0, 5, 1)
-	if err := p.m.CreateSnap(3, 1); err == nil || !strings.Contains(err.Error(), "the pool's time has reached 16777215") {
+	if err := p.m.CreateSnap(3, 1); err == nil || !strings.Contains(err.Error(), "the pool's time is at its end: 16777215") {
 		t.Errorf("snapshot at the last time: %v", err)
 	}
 	p.commit()

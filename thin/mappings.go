@@ -90,6 +90,9 @@ func (m *Metadata) Insert(id DevID, entries []Entry) error {
 	if err != nil {
 		return err
 	}
+	if m.compact != nil {
+		m.compact.disturbed = true
+	}
 	for _, e := range entries {
 		if err := m.data.Map(uint64(e.Block)); err != nil {
 			return m.failLocked(fmt.Errorf("thin %d: map block %d: %w", id, e.VBlock, err))

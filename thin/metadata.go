@@ -44,6 +44,7 @@ type Metadata struct {
 	dirty   map[DevID]struct{} // devices whose details differ from the details tree
 	changed bool               // the open transaction differs from the last closed one
 	failed  error              // why changes are refused
+	compact *Compaction        // under way, or nil
 
 	commitMu  sync.Mutex
 	committed []byte     // superblock block as it is on the medium; guarded by commitMu for writing, mu for the pointer
@@ -61,6 +62,7 @@ type device struct {
 	// to raise the pool's time.
 	newest      uint32
 	newestKnown bool
+	compacted   bool // its mappings have the times of the compaction under way
 }
 
 // FormatOptions say what pool to make.

@@ -34,6 +34,7 @@ type Manager struct {
 	cache *block.Cache
 	sm    SpaceMap
 	dirty map[block.Loc]*dirtyBlock // allocated in the open transaction
+	freed func(block.Loc)           // is told of blocks that lose their last reference; may be nil
 }
 
 // New makes a manager with an empty transaction. The space map is set before the first change.
@@ -43,6 +44,9 @@ func New(d dev.Device, cache *block.Cache) *Manager {
 
 // SetSpaceMap says who counts the blocks.
 func (m *Manager) SetSpaceMap(sm SpaceMap) { m.sm = sm }
+
+// OnFree has fn told of every block that loses its last reference, until it is set again.
+func (m *Manager) OnFree(fn func(block.Loc)) { m.freed = fn }
 
 // Read returns a block as the open transaction sees it. The buffer must not be changed.
 func (m *Manager) Read(loc block.Loc, k block.Kind) ([]byte, error) {
@@ -98,6 +102,9 @@ func (m *Manager) Dec(loc block.Loc) error {
 	left, err := m.sm.Dec(loc)
 	if err == nil && left == 0 {
 		delete(m.dirty, loc)
+		if m.freed != nil {
+			m.freed(loc)
+		}
 	}
 	return err
 }
