@@ -44,9 +44,10 @@ func (e *InUseError) Is(target error) bool { return target == dev.ErrLocked }
 const dying = 10 * time.Second
 
 // lockDir takes the lock of a directory and writes down whose it is. A daemon that holds it and
-// answers is refused at once; one that does not may be dying, and gets some time.
-func lockDir(ctx context.Context, dir string, me owner, wait time.Duration) (*os.File, error) {
-	f, err := os.OpenFile(filepath.Join(dir, lockName), os.O_RDWR|os.O_CREATE, 0o600)
+// answers is refused at once; one that does not may be dying, and gets some time, and rescue, if
+// not nil, is told of it.
+func lockDir(ctx context.Context, dir string, me owner, wait time.Duration, rescue func(pid int)) (*os.File, error) {
+	f, err := os.OpenFile(filepath.Join(dir, lockName), os.O_RDWR|os.O_CREATE|unix.O_NOFOLLOW, 0o600)
 	if err != nil {
 		return nil, err
 	}
@@ -64,6 +65,9 @@ func lockDir(ctx context.Context, dir string, me owner, wait time.Duration) (*os
 		if answers(who.Run) || time.Now().After(deadline) || ctx.Err() != nil {
 			f.Close()
 			return nil, &InUseError{dir, who}
+		}
+		if rescue != nil {
+			rescue(who.PID)
 		}
 		t := time.NewTimer(50 * time.Millisecond)
 		select {
@@ -97,7 +101,9 @@ func readOwner(f *os.File) owner {
 	return o
 }
 
-// answers reports whether somebody accepts connections on the API's socket in run.
+// answers reports whether a daemon answers on the API's socket in run. That somebody takes the
+// connection is not enough: a child that a killed daemon was just starting has the listening
+// socket, and the locks, until it has become another program.
 func answers(run string) bool {
 	if run == "" {
 		return false
@@ -106,6 +112,11 @@ func answers(run string) bool {
 	if err != nil {
 		return false
 	}
-	c.Close()
-	return true
+	defer c.Close()
+	c.SetDeadline(time.Now().Add(time.Second))
+	if _, err := c.Write([]byte("HEAD / HTTP/1.0\r\n\r\n")); err != nil {
+		return false
+	}
+	_, err = c.Read(make([]byte, 1))
+	return err == nil
 }
