@@ -14,6 +14,7 @@ import (
 
 	"mica/dev"
 	"mica/export"
+	"mica/export/exporttest"
 	"mica/export/holder"
 	"mica/export/loop"
 
@@ -34,7 +35,7 @@ func TestMain(m *testing.M) {
 		case "role-serve":
 			err = serveRole(os.Args[2], os.Args[3], os.Args[4:])
 		default:
-			os.Exit(m.Run())
+			exporttest.Main(m, conformance)
 		}
 		if err != nil {
 			fmt.Fprintln(os.Stderr, os.Args[1]+":", err)

@@ -36,6 +36,7 @@ type conn struct {
 
 	draining atomic.Bool // answer what was received with ESHUTDOWN and end
 	late     int         // requests received while draining; the reader's own
+	goodbye  bool        // the client has said that it goes; the reader's own
 	leaving  atomic.Bool // end without beginning another request: see RawConn.Leave
 
 	sendMu  sync.Mutex // one message at a time on the link
@@ -96,6 +97,7 @@ func (c *conn) readRequests() error {
 		c.small = false
 		switch {
 		case r.cmd == cmdDisc:
+			c.goodbye = true
 			return nil
 		case r.cmd == cmdRead:
 			err = c.read(&r)

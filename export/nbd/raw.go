@@ -63,6 +63,9 @@ func (r *Raw) Conn(nc net.Conn, name string, d dev.Device, readOnly bool) (*RawC
 // when nothing of it is left in flight. It does not close the socket.
 func (c *RawConn) Run() error { return c.c.run() }
 
+// Goodbye reports, after Run, whether the client has said that it goes for good.
+func (c *RawConn) Goodbye() bool { return c.c.goodbye }
+
 // Leave ends the connection, from any goroutine: requests that were begun are finished and
 // answered, others are dropped without an answer. A client that connects again sends them again.
 func (c *RawConn) Leave() {

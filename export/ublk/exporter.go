@@ -13,6 +13,7 @@ import (
 	"mica/dev"
 	"mica/export"
 	"mica/export/helper"
+	"mica/export/keep"
 	"mica/export/node"
 
 	"golang.org/x/sys/unix"
@@ -24,22 +25,17 @@ import (
 type Exporter struct {
 	o     Options
 	feats uint64
-	dir   records
+	dir   keep.Records[record]
 	lock  *os.File // of dir: one exporter
 	links node.Dir
 	help  *helper.Client
 	stop  chan struct{} // closed by Close: ends the sweeper
 	wg    sync.WaitGroup
 
-	mu     sync.Mutex
-	atts   map[string]*attachment // guarded by mu; nil value: being attached
-	closed bool                   // guarded by mu
+	names keep.Names[attachment]
 }
 
 var _ export.Exporter = (*Exporter)(nil)
-
-// lockWait is how long a start waits for a predecessor that is dying.
-const lockWait = 10 * time.Second
 
 // New makes an exporter and clears away what a predecessor left half done. Survivors stay. The error
 // wraps export.ErrUnavailable if this host has no ublk.
@@ -47,17 +43,14 @@ func New(o Options) (_ *Exporter, err error) {
 	if err := o.check(); err != nil {
 		return nil, err
 	}
-	e := &Exporter{o: o, dir: records(filepath.Join(o.RunDir, "ublk")), atts: make(map[string]*attachment), stop: make(chan struct{})}
+	e := &Exporter{o: o, dir: keep.Records[record]{Dir: filepath.Join(o.RunDir, "ublk"), Version: recordVersion}, stop: make(chan struct{})}
 	if e.feats, err = features(); err == nil {
 		err = checkFeatures(e.feats)
 	}
 	if err != nil {
 		return nil, err
 	}
-	if err := os.MkdirAll(string(e.dir), 0o700); err != nil {
-		return nil, fmt.Errorf("ublk exporter: %w", err)
-	}
-	if e.lock, err = lockDir(string(e.dir)); err != nil {
+	if e.lock, err = keep.Lock(e.dir.Dir); err != nil {
 		return nil, fmt.Errorf("ublk exporter: %w", err)
 	}
 	e.help = helper.NewClient(o.HelperCommand, Calls, Errors, o.Logger)
@@ -71,23 +64,6 @@ func New(o Options) (_ *Exporter, err error) {
 	}
 	e.wg.Go(e.sweepLoop)
 	return e, nil
-}
-
-func lockDir(dir string) (*os.File, error) {
-	f, err := os.Open(dir)
-	if err != nil {
-		return nil, err
-	}
-	for deadline := time.Now().Add(lockWait); ; <-time.After(20 * time.Millisecond) {
-		err := flockDir(f)
-		if err == nil {
-			return f, nil
-		}
-		if err != unix.EWOULDBLOCK || time.Now().After(deadline) {
-			f.Close()
-			return nil, fmt.Errorf("%s is used by another exporter: %w", dir, err)
-		}
-	}
 }
 
 // Kind is "ublk".
@@ -106,53 +82,13 @@ func (e *Exporter) sweepLoop() {
 			return
 		case <-t.C:
 		}
-		for _, a := range e.list() {
+		for _, a := range e.names.List() {
 			if n := a.s.served.Load(); n == a.swept {
 				a.s.bufs.trim()
 			} else {
 				a.swept = n
 			}
 		}
-	}
-}
-
-func (e *Exporter) list() []*attachment {
-	e.mu.Lock()
-	defer e.mu.Unlock()
-	list := make([]*attachment, 0, len(e.atts))
-	for _, a := range e.atts {
-		if a != nil {
-			list = append(list, a)
-		}
-	}
-	return list
-}
-
-// claim takes a name for an attach or adopt under way.
-func (e *Exporter) claim(name string) error {
-	if err := node.CheckID(name); err != nil {
-		return err
-	}
-	e.mu.Lock()
-	defer e.mu.Unlock()
-	if e.closed {
-		return dev.ErrClosed
-	}
-	if _, ok := e.atts[name]; ok {
-		return export.ErrExists
-	}
-	e.atts[name] = nil
-	return nil
-}
-
-// settle ends a claim: with the attachment, or nil if there is none.
-func (e *Exporter) settle(name string, a *attachment) {
-	e.mu.Lock()
-	defer e.mu.Unlock()
-	if a == nil {
-		delete(e.atts, name)
-	} else {
-		e.atts[name] = a
 	}
 }
 
@@ -168,11 +104,11 @@ func (e *Exporter) Attach(ctx context.Context, name string, d dev.Device, o expo
 	if size := d.Size(); size <= 0 || size%int64(o.SectorSize) != 0 {
 		return nil, fmt.Errorf("attach %q: device of %d bytes: want a multiple of %d", name, size, o.SectorSize)
 	}
-	if err := e.claim(name); err != nil {
+	if err := e.names.Claim(name); err != nil {
 		return nil, fmt.Errorf("attach %q: %w", name, err)
 	}
 	a, err := e.attach(ctx, name, d, o)
-	e.settle(name, a)
+	e.names.Settle(name, a)
 	if err != nil {
 		return nil, fmt.Errorf("attach %q: %w", name, err)
 	}
@@ -202,7 +138,7 @@ func paramsOf(d dev.Device, size int64, o export.AttachOptions) *params {
 }
 
 func (e *Exporter) attach(ctx context.Context, name string, d dev.Device, o export.AttachOptions) (_ *attachment, err error) {
-	if rec, err := e.dir.get(name); err != nil {
+	if rec, err := e.dir.Get(name); err != nil {
 		return nil, err
 	} else if rec != nil {
 		return nil, fmt.Errorf("survivor of that name: %w", export.ErrExists)
@@ -224,8 +160,8 @@ func (e *Exporter) attach(ctx context.Context, name string, d dev.Device, o expo
 	if err := setParams(id, paramsOf(d, size, o)); err != nil {
 		return nil, err
 	}
-	a := &attachment{e: e, name: name, d: d, flags: i.flags, done: make(chan struct{})}
-	a.rec = record{Version: recordVersion, ID: id, Cookie: i.cookie, Size: size, SectorSize: o.SectorSize, ReadOnly: o.ReadOnly}
+	a := &attachment{e: e, name: name, d: d, flags: i.flags, life: keep.NewLife()}
+	a.rec = record{ID: id, Cookie: i.cookie, Size: size, SectorSize: o.SectorSize, ReadOnly: o.ReadOnly}
 	if a.s, err = newServer(&i, d, o.ReadOnly, &e.o); err != nil {
 		return nil, err
 	}
@@ -246,28 +182,24 @@ func (e *Exporter) attach(ctx context.Context, name string, d dev.Device, o expo
 	if err = ensureNode(nodeOf(id), sysfsBlock(id), unix.S_IFBLK); err != nil {
 		return nil, err
 	}
-	if err = e.dir.put(name, a.rec); err != nil {
+	if err = e.dir.Put(name, a.rec); err != nil {
 		return nil, err
 	}
 	if err = e.links.Make(name, nodeOf(id)); err != nil {
-		return nil, errors.Join(err, e.dir.drop(name))
+		return nil, errors.Join(err, e.dir.Drop(name))
 	}
 	return a, nil
 }
 
 // Close stops serving. Attachments stay: their requests wait for a successor.
 func (e *Exporter) Close() error {
-	e.mu.Lock()
-	if e.closed {
-		e.mu.Unlock()
+	if !e.names.Close() {
 		return nil
 	}
-	e.closed = true
-	e.mu.Unlock()
 	close(e.stop)
 	e.wg.Wait()
 	var wg sync.WaitGroup
-	for _, a := range e.list() {
+	for _, a := range e.names.List() {
 		wg.Go(a.leave)
 	}
 	wg.Wait()

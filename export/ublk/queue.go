@@ -26,6 +26,8 @@ type queue struct {
 	wakefd int    // eventfd
 	tasks  []task // one for each tag
 
+	tid int // of the thread; set before its goroutine ends
+
 	// The thread's own.
 	ring        *uring.Ring
 	buf         *buffer // while the thread is awake
@@ -70,24 +72,42 @@ func newQueue(s *server, n int) (*queue, error) {
 	return q, nil
 }
 
-// close frees what newQueue made; the thread has ended.
+// close frees the ring and what newQueue made, when the thread is gone; its goroutine has ended.
 func (q *queue) close() {
+	if q.tid != 0 {
+		waitThread(q.tid)
+	}
+	if q.ring != nil {
+		q.ring.Close()
+	}
 	unix.Munmap(q.descs)
 	unix.Close(q.wakefd)
 }
 
 // serve is the thread. ready gets nil when every tag is armed, else why not.
+//
+// To the driver the thread is the server of the queue, so that it ends with this goroutine, which
+// never unlocks it. What the driver still has of it is cancelled by the kernel when the thread
+// exits, in order with the requests that are just being delivered to it. Were the ring closed while
+// the thread lives, both would happen at the same time, and kernels are known that free a command
+// twice then. So the ring is closed when the thread is gone (close).
 func (q *queue) serve(ready chan<- error) {
-	defer q.s.queueEnded(q)
-	// Never unlocked, so that the thread ends with this goroutine: to the driver it is the one
-	// server of the queue.
 	runtime.LockOSThread()
+	if q.tid = unix.Gettid(); q.tid == unix.Getpid() {
+		// The first thread of a Go program does not end. Another goroutine gets another thread, as
+		// long as this one has it.
+		another := make(chan struct{})
+		go func() { close(another); q.serve(ready) }()
+		<-another
+		runtime.UnlockOSThread()
+		return
+	}
+	defer q.s.queueEnded(q)
 	var err error
 	if q.ring, err = uring.New(uring.Options{Entries: q.s.depth}); err != nil {
 		ready <- err
 		return
 	}
-	defer q.ring.Close()
 	if err := q.arm(); err != nil {
 		ready <- err
 		return
@@ -98,6 +118,17 @@ func (q *queue) serve(ready chan<- error) {
 	q.idle()
 	if q.err != nil {
 		q.s.log.Error("ublk queue", "device", q.s.id, "queue", q.n, "error", q.err)
+	}
+}
+
+// waitThread waits until a thread of this process has exited.
+func waitThread(tid int) {
+	path := fmt.Sprintf("/proc/self/task/%d", tid)
+	for pause := 20 * time.Microsecond; ; pause = min(2*pause, 10*time.Millisecond) {
+		if err := unix.Access(path, unix.F_OK); err != nil {
+			return
+		}
+		<-time.After(pause)
 	}
 }
 

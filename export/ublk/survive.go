@@ -10,6 +10,7 @@ import (
 
 	"mica/dev"
 	"mica/export"
+	"mica/export/keep"
 
 	"golang.org/x/sys/unix"
 )
@@ -18,7 +19,7 @@ import (
 // were being taken away, records of devices that are gone, stale links. It runs before any device
 // is attached.
 func (e *Exporter) clean() error {
-	recs, err := e.dir.list()
+	recs, err := e.dir.List()
 	if err != nil {
 		return err
 	}
@@ -31,7 +32,7 @@ func (e *Exporter) clean() error {
 			}
 		}
 		e.o.Logger.Warn("the device of an attachment is gone", "name", name)
-		if err := errors.Join(e.links.Remove(name), e.dir.drop(name)); err != nil {
+		if err := errors.Join(e.links.Remove(name), e.dir.Drop(name)); err != nil {
 			return err
 		}
 	}
@@ -68,15 +69,13 @@ func (e *Exporter) clean() error {
 
 // Survivors lists what a predecessor left: its nodes exist, their requests wait.
 func (e *Exporter) Survivors(context.Context) ([]string, error) {
-	recs, err := e.dir.list()
+	recs, err := e.dir.List()
 	if err != nil {
 		return nil, fmt.Errorf("survivors: %w", err)
 	}
-	e.mu.Lock()
-	defer e.mu.Unlock()
 	var names []string
 	for name := range recs {
-		if _, mine := e.atts[name]; !mine {
+		if !e.names.Has(name) {
 			names = append(names, name)
 		}
 	}
@@ -90,11 +89,11 @@ const recoverWait = 30 * time.Second
 // Adopt takes a survivor over and serves it from d. If its device is gone by now, the error is
 // export.ErrNotFound, and the name is free.
 func (e *Exporter) Adopt(ctx context.Context, name string, d dev.Device) (export.Attachment, error) {
-	if err := e.claim(name); err != nil {
+	if err := e.names.Claim(name); err != nil {
 		return nil, fmt.Errorf("adopt %q: %w", name, err)
 	}
 	a, err := e.adopt(ctx, name, d)
-	e.settle(name, a)
+	e.names.Settle(name, a)
 	if err != nil {
 		return nil, fmt.Errorf("adopt %q: %w", name, err)
 	}
@@ -107,7 +106,7 @@ func (e *Exporter) Adopt(ctx context.Context, name string, d dev.Device) (export
 }
 
 func (e *Exporter) adopt(ctx context.Context, name string, d dev.Device) (_ *attachment, err error) {
-	rec, err := e.dir.get(name)
+	rec, err := e.dir.Get(name)
 	if err != nil {
 		return nil, err
 	}
@@ -116,7 +115,7 @@ func (e *Exporter) adopt(ctx context.Context, name string, d dev.Device) (_ *att
 	}
 	i, there := rec.isThere()
 	if !there {
-		if err := errors.Join(e.links.Remove(name), e.dir.drop(name)); err != nil {
+		if err := errors.Join(e.links.Remove(name), e.dir.Drop(name)); err != nil {
 			return nil, err
 		}
 		return nil, fmt.Errorf("ublk device %d is gone: %w", rec.ID, export.ErrNotFound)
@@ -127,7 +126,7 @@ func (e *Exporter) adopt(ctx context.Context, name string, d dev.Device) (_ *att
 	if err := startRecoveryWait(ctx, rec.ID); err != nil {
 		return nil, err
 	}
-	a := &attachment{e: e, name: name, d: d, rec: *rec, flags: i.flags, done: make(chan struct{})}
+	a := &attachment{e: e, name: name, d: d, rec: *rec, flags: i.flags, life: keep.NewLife()}
 	if a.s, err = newServer(&i, d, rec.ReadOnly, &e.o); err != nil {
 		return nil, err
 	}
@@ -167,11 +166,11 @@ func startRecoveryWait(ctx context.Context, id int) error {
 
 // Drop cuts a survivor off: its requests fail, and its node goes as soon as nobody uses it.
 func (e *Exporter) Drop(ctx context.Context, name string) error {
-	if err := e.claim(name); err != nil {
+	if err := e.names.Claim(name); err != nil {
 		return fmt.Errorf("drop %q: %w", name, err)
 	}
-	defer e.settle(name, nil)
-	rec, err := e.dir.get(name)
+	defer e.names.Settle(name, nil)
+	rec, err := e.dir.Get(name)
 	if err != nil {
 		return fmt.Errorf("drop %q: %w", name, err)
 	}
@@ -183,7 +182,7 @@ func (e *Exporter) Drop(ctx context.Context, name string) error {
 		err = e.help.Do(ctx, "ublk.delete", "", deleteArgs{rec.ID, rec.Cookie}, nil)
 	}
 	if err == nil {
-		err = e.dir.drop(name)
+		err = e.dir.Drop(name)
 	}
 	if err != nil {
 		return fmt.Errorf("drop %q: %w", name, err)

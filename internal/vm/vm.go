@@ -172,7 +172,7 @@ func (m *Machine) start(kit *kit, initrd string, c Config, hello chan<- string) 
 		started <- nil
 		var readers sync.WaitGroup
 		readers.Add(2)
-		go func() { defer readers.Done(); m.console.readFrom(console) }()
+		go func() { defer readers.Done(); m.console.readFrom(console, func() { cmd.Process.Kill() }) }()
 		go func() { defer readers.Done(); m.readFrames(hello) }()
 		state, _ := cmd.Process.Wait() // not cmd.Wait: the console is read to its end first
 		closeOurs()
@@ -335,11 +335,23 @@ func (l *consoleLog) Write(p []byte) (int, error) {
 	return l.buf.Write(p)
 }
 
-func (l *consoleLog) readFrom(r interface{ Read([]byte) (int, error) }) {
+// runaway is how many complaints of a kernel it takes to believe that it does nothing else any
+// more: a fault in the handler of a fault never ends.
+const runaway = 500
+
+func (l *consoleLog) readFrom(r interface{ Read([]byte) (int, error) }, kill func()) {
 	s := bufio.NewReader(r)
+	faults := 0
 	for {
 		line, err := s.ReadString('\n')
-		l.Write([]byte(strings.TrimRight(line, "\r\n") + "\n"))
+		if faults < runaway {
+			l.Write([]byte(strings.TrimRight(line, "\r\n") + "\n"))
+		}
+		if complaint.MatchString(line) {
+			if faults++; faults == runaway {
+				kill()
+			}
+		}
 		if l.trace != nil && line != "" {
 			l.trace(strings.TrimRight(line, "\r\n"))
 		}
