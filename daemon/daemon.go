@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
-	"net/http"
 	"os"
 	"path/filepath"
 	"sync"
@@ -173,26 +172,11 @@ func (d *daemon) open(ctx context.Context) error {
 
 func (d *daemon) path(name string) string { return filepath.Join(d.c.Run, name) }
 
-// directories makes ROOT, which nobody else may read, and RUN, which a group may have to pass.
-func (d *daemon) directories() error {
-	for _, v := range []struct {
-		dir  string
-		mode os.FileMode
-	}{
-		{d.c.Root, 0o700}, {filepath.Join(d.c.Root, "spool"), 0o700}, {d.c.Run, 0o711},
-	} {
-		if err := os.MkdirAll(v.dir, v.mode); err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
 // lock takes RUN and ROOT for this daemon.
 func (d *daemon) lock(ctx context.Context) error {
 	me := owner{PID: os.Getpid(), Root: d.c.Root, Run: d.c.Run}
 	for _, dir := range []string{d.c.Run, d.c.Root} {
-		f, err := lockDir(ctx, dir, me, dying)
+		f, err := lockDir(ctx, dir, me, dying, d.rescue)
 		if err != nil {
 			return err
 		}
@@ -262,15 +246,9 @@ func (d *daemon) carryStoreEvents() {
 
 // serve answers requests until the end is asked for.
 func (d *daemon) serve(ctx context.Context, l net.Listener) error {
-	h := &http.Server{
-		Handler:           d.server,
-		ReadHeaderTimeout: 10 * time.Second,
-		IdleTimeout:       2 * time.Minute,
-		MaxHeaderBytes:    64 << 10,
-		ErrorLog:          slog.NewLogLogger(d.log.Handler(), slog.LevelDebug),
-	}
+	h := newHTTPServer(d.server, d.server.limits, d.log)
 	failed := make(chan error, 1)
-	go func() { failed <- h.Serve(l) }()
+	go func() { failed <- h.Serve(&fewListener{Listener: l, max: int64(d.server.limits.conns), log: d.log}) }()
 	d.hub.publish(api.EventStart, "daemon", fmt.Sprintf("process %d", os.Getpid()), time.Time{})
 	if err := notify("READY=1"); err != nil {
 		d.log.Warn("the service manager could not be told", "error", err)

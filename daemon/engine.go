@@ -148,6 +148,14 @@ func openKernel(ctx context.Context, l user.Location, c config.Config, log *slog
 	return out, nil
 }
 
+// rescue helps a predecessor to die that was killed while it held back devices of its own.
+func (d *daemon) rescue(pid int) {
+	l := poolLocation(d.c.Root, d.c.Pool)
+	if err := kernel.Rescue(kernel.Source{Dir: l.Dir, Data: l.Data, Metadata: l.Metadata, Pool: d.c.Pool.ThinPool}, pid); err != nil && !errors.Is(err, os.ErrNotExist) {
+		d.log.Warn("a dying predecessor", "pid", pid, "error", err)
+	}
+}
+
 // catalogFile is the layer store's catalog in ROOT.
 const catalogFile = "catalog.db"
 

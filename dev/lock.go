@@ -48,16 +48,16 @@ func lockFd(fd int, path string) error {
 			return nil
 		case err == unix.EINTR:
 		case errors.Is(err, unix.EWOULDBLOCK):
-			return &LockedError{Path: path, PID: flockHolder(fd)}
+			return &LockedError{Path: path, PID: LockHolder(fd)}
 		default:
 			return fmt.Errorf("flock: %w", err)
 		}
 	}
 }
 
-// flockHolder finds the process that holds a flock on fd's file in /proc/locks; 0 if it is not
+// LockHolder finds the process that holds a flock on fd's file in /proc/locks; 0 if it is not
 // listed there (another pid namespace, or gone).
-func flockHolder(fd int) int {
+func LockHolder(fd int) int {
 	var st unix.Stat_t
 	if unix.Fstat(fd, &st) != nil {
 		return 0

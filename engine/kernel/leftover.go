@@ -228,27 +228,16 @@ func (p *Pool) sweep() (busy []string) {
 
 // attachNamed uses an active thin pool that somebody else has made.
 func (p *Pool) attachNamed(ctx context.Context) error {
-	name, err := deviceName(p.dm, p.src.Pool)
+	info, id, err := identityOfActive(p.dm, p.src.Pool)
 	if err != nil {
 		return err
 	}
-	info, err := p.dm.Info(name)
-	if errors.Is(err, unix.ENXIO) {
-		return fmt.Errorf("there is no device-mapper device %q: activate it first", name)
-	}
-	if err != nil {
-		return err
-	}
-	p.name = name
-	p.id = identity("dm", info.Dev)
-	if info.UUID != "" {
-		p.id = identity("dm " + info.UUID)
-	}
+	p.name, p.id = info.Name, id
 	if err := p.refuseLVM(info); err != nil {
 		return err
 	}
 	if strings.HasPrefix(info.UUID, prefix) {
-		return fmt.Errorf("device %q is a pool that mica itself has activated: name its directory or its devices", name)
+		return fmt.Errorf("device %q is a pool that mica itself has activated: name its directory or its devices", p.name)
 	}
 	metaDev, _, bs, err := p.liveTable()
 	if err != nil {
@@ -261,13 +250,13 @@ func (p *Pool) attachNamed(ctx context.Context) error {
 	if err := p.found(info); err != nil {
 		return err
 	}
-	lock, err := openMedium(ctx, p.node, true, p.opts.LockWait)
+	lock, err := openMedium(ctx, p.node, true, p.opts.LockWait, p.src)
 	if err != nil {
 		return err
 	}
 	p.data = lock // only for its lock
 	if info.Suspended() {
-		return fmt.Errorf("device %q is suspended: resume it first", name)
+		return fmt.Errorf("device %q is suspended: resume it first", p.name)
 	}
 	node, err := nodeOf(metaDev)
 	if err != nil {
@@ -277,6 +266,24 @@ func (p *Pool) attachNamed(ctx context.Context) error {
 		return err
 	}
 	return p.findLeftovers()
+}
+
+// identityOfActive looks at an active pool and makes the POOL part of names from what it is.
+func identityOfActive(dm *dmioctl.Control, pool string) (info dmioctl.Info, id string, err error) {
+	name, err := deviceName(dm, pool)
+	if err != nil {
+		return info, "", err
+	}
+	info, err = dm.Info(name)
+	switch {
+	case errors.Is(err, unix.ENXIO):
+		return info, "", fmt.Errorf("there is no device-mapper device %q: activate it first", name)
+	case err != nil:
+		return info, "", err
+	case info.UUID != "":
+		return info, identity("dm " + info.UUID), nil
+	}
+	return info, identity("dm", info.Dev), nil
 }
 
 // deviceName turns a name or a path below /dev into a device-mapper name.

@@ -31,7 +31,7 @@ const lockRetry = 50 * time.Millisecond
 
 // openMedium takes the lock, waiting for a predecessor that is about to die, and finds out which
 // block device it is. A file has none yet: attach.
-func openMedium(ctx context.Context, path string, readOnly bool, wait time.Duration) (*medium, error) {
+func openMedium(ctx context.Context, path string, readOnly bool, wait time.Duration, src Source) (*medium, error) {
 	deadline := time.NewTimer(wait)
 	defer deadline.Stop()
 	tick := time.NewTicker(lockRetry)
@@ -40,6 +40,12 @@ func openMedium(ctx context.Context, path string, readOnly bool, wait time.Durat
 		m, err := tryMedium(path, readOnly)
 		if !errors.Is(err, dev.ErrLocked) {
 			return m, err
+		}
+		var by *dev.LockedError
+		if errors.As(err, &by) {
+			if rerr := Rescue(src, by.PID); rerr != nil {
+				return nil, errors.Join(err, rerr)
+			}
 		}
 		select {
 		case <-tick.C:
@@ -88,7 +94,7 @@ func flock(f *os.File) error {
 	}
 	switch {
 	case err == unix.EWOULDBLOCK:
-		return &dev.LockedError{Path: f.Name()}
+		return &dev.LockedError{Path: f.Name(), PID: dev.LockHolder(int(f.Fd()))}
 	case err != nil:
 		return fmt.Errorf("flock %s: %w", f.Name(), err)
 	}

@@ -125,10 +125,10 @@ func (d *direct) closeIf() {
 func (p *Pool) attachOwn(ctx context.Context) (err error) {
 	p.ours = true
 	// Metadata first: two openers meet at the same lock.
-	if p.meta, err = openMedium(ctx, p.src.metadataPath(), p.opts.ReadOnly, p.opts.LockWait); err != nil {
+	if p.meta, err = openMedium(ctx, p.src.metadataPath(), p.opts.ReadOnly, p.opts.LockWait, p.src); err != nil {
 		return err
 	}
-	if p.data, err = openMedium(ctx, p.src.dataPath(), p.opts.ReadOnly, p.opts.LockWait); err != nil {
+	if p.data, err = openMedium(ctx, p.src.dataPath(), p.opts.ReadOnly, p.opts.LockWait, p.src); err != nil {
 		return err
 	}
 	if p.id, err = identityOf(p.meta.path); err != nil {

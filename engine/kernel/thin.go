@@ -359,7 +359,9 @@ func (t *Thin) Flush() error {
 	return t.use("flush", true, (*direct).Flush)
 }
 
-// Discard unmaps the whole blocks inside the range.
+// Discard unmaps the whole blocks inside the range. With blocks whose size is no power of two the
+// kernel's block layer cuts requests at places that are no block boundaries, and some blocks stay
+// mapped.
 func (t *Thin) Discard(off, n int64) error {
 	return t.use("discard", true, func(d *direct) error {
 		if err := dev.CheckRange(off, n, t.size.Load()); err != nil {
