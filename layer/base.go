@@ -86,6 +86,14 @@ func (s *Store) findBase() (rec record[baseBody], err error) {
 	return rec, errors.Join(err, lerr)
 }
 
+// checkBase refuses a base that cannot be made. A store that has one keeps it, whatever the options say.
+func checkBase(fstype string, size int64) error {
+	if fstype == "xfs" && size < minXFS {
+		return fmt.Errorf("base: %w size of %d bytes: an xfs has at least %d (300 MiB, of which 64 MiB are its log)", ErrInvalid, size, int64(minXFS))
+	}
+	return nil
+}
+
 // baseLoop makes the base if there is none, again and again until it is there.
 func (s *Store) baseLoop() {
 	defer s.wg.Done()

@@ -11,8 +11,11 @@ import (
 )
 
 // What the steps of a container's life cost: commits and flushes are counted, times are shown.
-func TestCosts(t *testing.T) {
+func TestCosts(t *testing.T) { eachFS(t, testCosts) }
+
+func testCosts(t *testing.T, fs string) {
 	r := newRig(t)
+	r.o.FSType = fs
 	s := r.open()
 	ctx := tctx(t)
 	importImage(t, s, "a", []file{{name: "a", data: "a"}})

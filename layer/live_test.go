@@ -85,21 +85,28 @@ func prefix(t testing.TB, m map[string]string) int64 {
 	return k
 }
 
-// fsck runs e2fsck on a container's device as it is, without replaying its journal.
+// fsck checks the file system of a container's device as it is, without replaying its journal or log.
 func (r *rig) fsck(name string) {
 	r.t.Helper()
 	ctx := tctx(r.t)
 	a := must[Attachment](r.t)(r.s.Attach(ctx, name, AttachOptions{ReadOnly: true}))
-	if out, err := exec.Command("e2fsck", "-fn", a.Link).CombinedOutput(); err != nil {
-		r.t.Errorf("e2fsck of %s: %v\n%s", name, err, out)
+	check := []string{"e2fsck", "-fn", a.Link}
+	if a.FSType == "xfs" {
+		check = []string{"xfs_repair", "-n", a.Link} // fails also if the log is not empty
+	}
+	if out, err := exec.Command(check[0], check[1:]...).CombinedOutput(); err != nil {
+		r.t.Errorf("%s of %s: %v\n%s", check[0], name, err, out)
 	}
 	ok(r.t, r.s.Detach(ctx, name, DetachOptions{}))
 }
 
 // Snapshots and forks of a container that is written to hold a prefix of the writes, with all
 // that was acknowledged before, and are clean file systems.
-func TestLiveFork(t *testing.T) {
+func TestLiveFork(t *testing.T) { eachFS(t, testLiveFork) }
+
+func testLiveFork(t *testing.T, fs string) {
 	r := newRig(t)
+	r.o.FSType = fs
 	s := r.open()
 	ctx := tctx(t)
 	importImage(t, s, "a", []file{{name: "a", data: "a"}})
@@ -149,8 +156,11 @@ func TestLiveFork(t *testing.T) {
 }
 
 // An unlinked file that is still open is in no copy: orphans are dropped before a copy shows.
-func TestForkDropsOrphans(t *testing.T) {
+func TestForkDropsOrphans(t *testing.T) { eachFS(t, testForkDropsOrphans) }
+
+func testForkDropsOrphans(t *testing.T, fs string) {
 	r := newRig(t)
+	r.o.FSType = fs
 	s := r.open()
 	ctx := tctx(t)
 	importImage(t, s, "a", []file{{name: "a", data: "a"}})
@@ -170,7 +180,7 @@ func TestForkDropsOrphans(t *testing.T) {
 	}
 	for _, n := range []string{"f1", "f2"} {
 		c := must[Container](t)(s.Container(ctx, n))
-		if clean, err := s.isClean(ctx, c.Device, c.SizeBytes, "ext4"); err != nil || !clean {
+		if clean, err := s.isClean(ctx, c.Device, c.SizeBytes, fs); err != nil || !clean {
 			t.Errorf("%s is not clean (%v)", n, err)
 		}
 		r.fsck(n)
@@ -241,8 +251,11 @@ func waitFor(t testing.TB, what string, fn func() bool) {
 }
 
 // Attachments outlive the store: with a holder the very mount goes on.
-func TestRestart(t *testing.T) {
+func TestRestart(t *testing.T) { eachFS(t, testRestart) }
+
+func testRestart(t *testing.T, fs string) {
 	r := newRig(t)
+	r.o.FSType = fs
 	r.holder = true
 	s := r.open()
 	ctx := tctx(t)
@@ -281,8 +294,11 @@ func TestRestart(t *testing.T) {
 }
 
 // Usage is right at the first call after a crash as well.
-func TestUsageAfterCrash(t *testing.T) {
+func TestUsageAfterCrash(t *testing.T) { eachFS(t, testUsageAfterCrash) }
+
+func testUsageAfterCrash(t *testing.T, fs string) {
 	r := newRig(t)
+	r.o.FSType = fs
 	crash := errors.New("crash")
 	crashed := false
 	r.fault = func(string) error {
@@ -321,8 +337,11 @@ func TestUsageAfterCrash(t *testing.T) {
 }
 
 // A container grows detached; attached and mounted where the machine allows it.
-func TestResize(t *testing.T) {
+func TestResize(t *testing.T) { eachFS(t, testResize) }
+
+func testResize(t *testing.T, fs string) {
 	r := newRig(t)
+	r.o.FSType = fs
 	s := r.open()
 	ctx := tctx(t)
 	importImage(t, s, "a", []file{{name: "a", data: "a"}})
@@ -435,8 +454,11 @@ func waitEvent(t testing.TB, ch <-chan Event, kind, object string) {
 
 // What a helper that was killed, or a daemon, left frozen is thawed: by the record, in the
 // background or at the next start.
-func TestFrozenLeftovers(t *testing.T) {
+func TestFrozenLeftovers(t *testing.T) { eachFS(t, testFrozenLeftovers) }
+
+func testFrozenLeftovers(t *testing.T, fs string) {
 	r := newRig(t)
+	r.o.FSType = fs
 	r.holder = true
 	s := r.open()
 	ctx := tctx(t)
@@ -451,7 +473,7 @@ func TestFrozenLeftovers(t *testing.T) {
 	}
 	c := must[Container](t)(s.Container(ctx, "c"))
 	freeze()
-	_, err := s.noteFreeze(frozenRecord{ID: c.ID, Node: c.Attachment.Node, FSType: "ext4", Since: now()})
+	_, err := s.noteFreeze(frozenRecord{ID: c.ID, Node: c.Attachment.Node, FSType: fs, Since: now()})
 	ok(t, err)
 	s = r.reopen()
 	done := make(chan error, 1)
@@ -479,8 +501,11 @@ func TestFrozenLeftovers(t *testing.T) {
 }
 
 // A freeze that takes too long is not a snapshot of the level that it says.
-func TestFreezeTooLong(t *testing.T) {
+func TestFreezeTooLong(t *testing.T) { eachFS(t, testFreezeTooLong) }
+
+func testFreezeTooLong(t *testing.T, fs string) {
 	r := newRig(t)
+	r.o.FSType = fs
 	s := r.open()
 	ctx := tctx(t)
 	importImage(t, s, "a", []file{{name: "a", data: "a"}})
@@ -616,8 +641,11 @@ func (e *fakeNBDExport) Clients() int                { return e.n.clients[e.name
 func (e *fakeNBDExport) Close(context.Context) error { return nil }
 
 // The node taken away by somebody else: the next attach makes another.
-func TestNodeTakenAway(t *testing.T) {
+func TestNodeTakenAway(t *testing.T) { eachFS(t, testNodeTakenAway) }
+
+func testNodeTakenAway(t *testing.T, fs string) {
 	r := newRig(t)
+	r.o.FSType = fs
 	s := r.open()
 	ctx := tctx(t)
 	importImage(t, s, "a", []file{{name: "a", data: "a"}})
@@ -642,43 +670,14 @@ func TestNodeTakenAway(t *testing.T) {
 	ok(t, s.Detach(ctx, "c", DetachOptions{}))
 }
 
-// xfs by choice.
-func TestXFS(t *testing.T) {
-	if _, err := exec.LookPath("mkfs.xfs"); err != nil {
-		t.Skip("SKIPPED: mkfs.xfs is not installed (package xfsprogs)")
-	}
-	r := newRig(t)
-	r.o.FSType = "xfs"
-	s := r.open()
-	ctx := tctx(t)
-	importImage(t, s, "a", []file{{name: "a", data: "a"}})
-	create(t, s, "c", "a")
-	dir := r.mount("c")
-	write(t, dir, "b", "b")
-	res := must[ForkResult](t)(s.Fork(ctx, "c", ForkOptions{Names: []string{"f"}}))
-	if res.Level != LevelFileSystem {
-		t.Errorf("level %s", res.Level)
-	}
-	dir2 := r.mount("f") // same UUID, both mounted
-	if m := tree(t, dir2); m["a"] != "a" || m["b"] != "b" {
-		t.Errorf("fork holds %v", m)
-	}
-	r.unmount("f", dir2)
-	r.unmount("c", dir)
-	must[Container](t)(s.Resize(ctx, "c", 4<<30))
-	must[CommitResult](t)(s.Commit(ctx, "c", CommitOptions{Image: "b"}))
-	create(t, s, "d", "b")
-	if m := contents(r, "d"); m["b"] != "b" {
-		t.Errorf("committed image holds %v", m)
-	}
-	t.Logf("an idle container on xfs: %d KiB", must[Container](t)(s.Container(ctx, "d")).UsedBytes>>10)
-}
-
 // A full pool: an import fails with the reason and leaves nothing, a snapshot of a mounted
 // container fails before anything is frozen, removing works, and then all goes on.
-func TestPoolFull(t *testing.T) {
+func TestPoolFull(t *testing.T) { eachFS(t, testPoolFull) }
+
+func testPoolFull(t *testing.T, fs string) {
 	r := newRig(t)
-	r.o.BaseSize = 256 << 20
+	r.o.FSType = fs
+	r.o.BaseSize = 320 << 20
 	r.dataBytes, r.noSpaceWait = 32<<20, 300*time.Millisecond
 	s := r.open()
 	ctx := tctx(t)

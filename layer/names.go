@@ -16,6 +16,7 @@ const (
 	// A device is at most 64 TiB: what ext4 with 4 KiB blocks and 32-bit tools can be trusted with.
 	maxSize = 64 << 40
 	minSize = 4 << 20
+	minXFS  = 300 << 20 // mkfs.xfs makes no smaller one
 )
 
 // checkName accepts names of containers and snapshots: letters, digits and "_.-", beginning with

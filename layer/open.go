@@ -71,7 +71,7 @@ type fileSystems interface {
 	Grow(ctx context.Context, node, fstype string) error
 	Trim(ctx context.Context, node, fstype string) (int64, error)
 	Thaw(ctx context.Context, node, fstype string) (helper.State, error)
-	FreezeNode(ctx context.Context, node, fstype string) (*helper.Frozen, error)
+	FreezeNode(ctx context.Context, node, fstype, record string) (*helper.Frozen, error)
 }
 
 // Open opens the store of a pool: it brings catalog and pool into step, goes on serving what a
@@ -125,6 +125,11 @@ func open(ctx context.Context, o Options, files fileSystems, fault func(string) 
 	}()
 	if err := s.index(); err != nil {
 		return nil, err
+	}
+	if _, err := s.findBase(); errors.Is(err, ErrNotFound) {
+		if err := checkBase(o.FSType, o.BaseSize); err != nil {
+			return nil, err
+		}
 	}
 	if err := s.reattach(ctx); err != nil {
 		return nil, err

@@ -149,6 +149,7 @@ func (r *rig) tryOpen() error {
 		o.BaseSize = r.o.BaseSize
 	}
 	o.FSType, o.NBD, o.AcceptPool, o.NoTrim = r.o.FSType, r.o.NBD, r.o.AcceptPool, r.o.NoTrim
+	o.Discard = r.o.Discard
 	if r.holder {
 		fo.HolderSocket = filepath.Join(r.dir, "holder.sock")
 		fo.HolderCommand = []string{"/proc/self/exe", "role-holder", fo.HolderSocket}

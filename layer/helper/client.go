@@ -186,8 +186,9 @@ type Frozen struct {
 }
 
 // FreezeNode freezes what somebody has mounted from node. It thaws by itself when the time is over,
-// when the helper or this process dies, or at Thaw.
-func (c *Client) FreezeNode(ctx context.Context, node, fstype string) (*Frozen, error) {
+// when the helper or this process dies, or at Thaw. record, if not empty, is a file that the helper
+// keeps locked (flock) until it has ended: Thaw says nothing for sure before that.
+func (c *Client) FreezeNode(ctx context.Context, node, fstype, record string) (*Frozen, error) {
 	ctx, cancel := context.WithTimeoutCause(ctx, c.timeout(), fmt.Errorf("%w after %v", ErrTimeout, c.timeout()))
 	defer cancel()
 	limit := c.Freeze
@@ -195,7 +196,7 @@ func (c *Client) FreezeNode(ctx context.Context, node, fstype string) (*Frozen, 
 		limit = DefaultFreeze
 	}
 	p, err := c.start(Request{Op: opFreeze, Node: node, FSType: fstype, Dir: c.Dir,
-		FreezeMS: limit.Milliseconds()}, thawing)
+		FreezeMS: limit.Milliseconds(), Record: record}, thawing)
 	if err != nil {
 		return nil, err
 	}

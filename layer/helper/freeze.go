@@ -19,13 +19,33 @@ const DefaultFreeze = 2 * time.Second
 // is frozen (or need not be), and when it is thawed.
 //
 // The daemon has written down that this node may be frozen before it started the helper: if the
-// helper dies by force in between, the daemon, or the next one, thaws by that record.
+// helper dies by force in between, the daemon, or the next one, thaws by that record. The helper
+// keeps a lock on it until it has ended, in the kernel too: as long as it waits there, for a device
+// whose daemon is gone, it may freeze later, after somebody has found nothing to thaw.
 func (h *job) freeze() (resp Response, err error) {
 	state, err := probe(h.req.Node)
 	if err != nil || state == StateIdle {
 		return Response{State: state}, err
 	}
-	// The freeze must be taken back whatever ends us but SIGKILL.
+	if h.req.Record != "" {
+		rec, err := os.Open(h.req.Record)
+		if err != nil {
+			return resp, fmt.Errorf("record of the freeze: %w", err)
+		}
+		if err := unix.Flock(int(rec.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+			return resp, fmt.Errorf("lock the record of the freeze: %w", err)
+		}
+		var st unix.Stat_t
+		if err := unix.Fstat(int(rec.Fd()), &st); err != nil || st.Nlink == 0 {
+			return resp, fmt.Errorf("the record of the freeze %s is gone", h.req.Record)
+		}
+		// The descriptor, and with it the lock, goes when the process has ended.
+		h.record = rec
+	}
+	// The freeze must be taken back whatever ends us but SIGKILL. Nobody may listen to what we
+	// answer any more.
+	signal.Ignore(syscall.SIGPIPE)
+	defer signal.Reset(syscall.SIGPIPE)
 	term := make(chan os.Signal, 1)
 	signal.Notify(term, syscall.SIGTERM, syscall.SIGINT, syscall.SIGHUP)
 	defer signal.Stop(term)

@@ -351,12 +351,12 @@ func TestFreeze(t *testing.T) {
 	needRoot(t)
 	b := newBench(t, 64<<20)
 	b.mkfs()
-	if f, err := b.c.FreezeNode(tctx(t), b.node, "ext4"); err != nil || f.State != StateIdle {
+	if f, err := b.c.FreezeNode(tctx(t), b.node, "ext4", ""); err != nil || f.State != StateIdle {
 		t.Fatalf("not mounted: %v %v, want idle", f, err)
 	}
 	dir := b.mount()
 	b.c.Freeze = 20 * time.Second
-	f, err := b.c.FreezeNode(tctx(t), b.node, "ext4")
+	f, err := b.c.FreezeNode(tctx(t), b.node, "ext4", "")
 	if err != nil || f.State != StateFrozen {
 		t.Fatalf("freeze: %+v %v", f, err)
 	}
@@ -373,7 +373,7 @@ func TestFreeze(t *testing.T) {
 
 	t.Run("expires", func(t *testing.T) {
 		b.c.Freeze = 200 * time.Millisecond
-		f, err := b.c.FreezeNode(tctx(t), b.node, "ext4")
+		f, err := b.c.FreezeNode(tctx(t), b.node, "ext4", "")
 		if err != nil || f.State != StateFrozen {
 			t.Fatalf("freeze: %+v %v", f, err)
 		}
@@ -386,7 +386,7 @@ func TestFreeze(t *testing.T) {
 	})
 	t.Run("killed", func(t *testing.T) {
 		b.c.Freeze = 20 * time.Second
-		f, err := b.c.FreezeNode(tctx(t), b.node, "ext4")
+		f, err := b.c.FreezeNode(tctx(t), b.node, "ext4", "")
 		if err != nil || f.State != StateFrozen {
 			t.Fatalf("freeze: %+v %v", f, err)
 		}
@@ -410,7 +410,7 @@ func TestFreeze(t *testing.T) {
 		}
 	})
 	t.Run("daemon dies", func(t *testing.T) { // only the pipe's end and SIGTERM are left
-		f, err := b.c.FreezeNode(tctx(t), b.node, "ext4")
+		f, err := b.c.FreezeNode(tctx(t), b.node, "ext4", "")
 		if err != nil || f.State != StateFrozen {
 			t.Fatalf("freeze: %+v %v", f, err)
 		}
@@ -421,8 +421,58 @@ func TestFreeze(t *testing.T) {
 		<-f.p.done
 		f.p.finish()
 	})
+	t.Run("nobody listens", func(t *testing.T) { // the daemon died while the helper was about to freeze
+		p, err := b.c.start(Request{Op: opFreeze, Node: b.node, FSType: "ext4", Dir: b.c.Dir, FreezeMS: 20000}, thawing)
+		if err != nil {
+			t.Fatal(err)
+		}
+		p.stdout.Close()
+		p.stdin.Close()
+		select {
+		case <-p.done:
+		case <-time.After(10 * time.Second):
+			t.Error("the helper does not end")
+		}
+		w := tryWrite(dir)
+		select {
+		case err := <-w:
+			if err != nil {
+				t.Error(err)
+			}
+		case <-time.After(5 * time.Second):
+			t.Error("it was left frozen")
+			b.c.Thaw(tctx(t), b.node, "ext4")
+			<-w
+		}
+		p.finish()
+	})
+	t.Run("record", func(t *testing.T) {
+		record := filepath.Join(t.TempDir(), "record")
+		if f, err := b.c.FreezeNode(tctx(t), b.node, "ext4", record); err == nil {
+			f.Thaw(tctx(t))
+			t.Error("frozen without the record that was named")
+		}
+		r, err := os.Create(record)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer r.Close()
+		f, err := b.c.FreezeNode(tctx(t), b.node, "ext4", record)
+		if err != nil || f.State != StateFrozen {
+			t.Fatalf("freeze: %+v %v", f, err)
+		}
+		if err := unix.Flock(int(r.Fd()), unix.LOCK_EX|unix.LOCK_NB); !errors.Is(err, unix.EWOULDBLOCK) {
+			t.Errorf("lock of the record while it is frozen: %v, want EWOULDBLOCK", err)
+		}
+		if err := f.Thaw(tctx(t)); err != nil {
+			t.Error(err)
+		}
+		if err := unix.Flock(int(r.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+			t.Errorf("lock of the record afterwards: %v", err)
+		}
+	})
 	t.Run("unmounted while frozen", func(t *testing.T) {
-		f, err := b.c.FreezeNode(tctx(t), b.node, "ext4")
+		f, err := b.c.FreezeNode(tctx(t), b.node, "ext4", "")
 		if err != nil || f.State != StateFrozen {
 			t.Fatalf("freeze: %+v %v", f, err)
 		}
@@ -440,7 +490,7 @@ func TestFreeze(t *testing.T) {
 	t.Run("read-only", func(t *testing.T) {
 		for _, opts := range [][]string{{"ro"}, {"ro", "noload"}} {
 			dir := b.mount(opts...)
-			if f, err := b.c.FreezeNode(tctx(t), b.node, "ext4"); err != nil || f.State != StateReadOnly {
+			if f, err := b.c.FreezeNode(tctx(t), b.node, "ext4", ""); err != nil || f.State != StateReadOnly {
 				t.Errorf("%v: %+v %v, want read-only", opts, f, err)
 			}
 			if err := b.c.Unmount(tctx(t), dir); err != nil {
@@ -455,7 +505,7 @@ func TestFreeze(t *testing.T) {
 			t.Fatal(err)
 		}
 		defer unix.Close(fd)
-		if f, err := b.c.FreezeNode(tctx(t), b.node, "ext4"); err != nil || f.State != StateForeign {
+		if f, err := b.c.FreezeNode(tctx(t), b.node, "ext4", ""); err != nil || f.State != StateForeign {
 			t.Errorf("%+v %v, want foreign", f, err)
 		}
 	})
@@ -590,6 +640,18 @@ func TestXFS(t *testing.T) {
 	b := newBench(t, 512<<20)
 	if err := b.c.Mkfs(tctx(t), b.node, "xfs", testUUID); err != nil {
 		t.Fatal(err)
+	}
+	// The fixed features, whatever this mkfs.xfs makes by default, and no large times.
+	info := run(t, "xfs_db", "-r", "-c", "version", "-c", "uuid", b.node)
+	for _, word := range []string{"V5", "CRC", "FTYPE", "FINOBT", "SPARSE_INODES", "REFLINK", testUUID} {
+		if !strings.Contains(info, word) {
+			t.Errorf("no %s in\n%s", word, info)
+		}
+	}
+	for _, word := range []string{"BIGTIME", "INOBTCNT", "NREXT64", "RMAPBT", "PARENT"} {
+		if strings.Contains(info, word) {
+			t.Errorf("%s, which kernel 5.4 does not know, in\n%s", word, info)
+		}
 	}
 	if _, err := b.c.Apply(tctx(t), b.node, "xfs", true, bytes.NewReader(layerTar(t, map[string]string{"x": "y"}))); err != nil {
 		t.Fatal(err)

@@ -12,6 +12,8 @@ import (
 	"syscall"
 
 	"golang.org/x/sys/unix"
+
+	"mica/layer/ondisk"
 )
 
 // The features of an ext4 base. All are in kernel 5.4 and older e2fsprogs; the host's
@@ -67,11 +69,7 @@ func (h *job) mkfs(ctx context.Context) error {
 			}
 		}
 	case "xfs":
-		// Features that kernel 5.4 mounts.
-		err := h.command(ctx, "mkfs.xfs", "-q", "-f", "-K", "-m",
-			"crc=1,finobt=1,rmapbt=0,reflink=1,bigtime=0,inobtcount=0,uuid="+h.req.UUID,
-			"-i", "sparse=1", h.req.Node)
-		if err != nil {
+		if err := h.mkfsXFS(ctx); err != nil {
 			return err
 		}
 	default:
@@ -91,6 +89,36 @@ func (h *job) mkfs(ctx context.Context) error {
 		return err
 	}
 	return h.unmount()
+}
+
+// xfsMeta are the features of the metadata of an xfs base. Without bigtime, which came with 5.10, times
+// end in 2038.
+const xfsMeta = "crc=1,finobt=1,rmapbt=0,reflink=1,bigtime=0,inobtcount=0"
+
+// xfsNewer switches off, for one release of mkfs.xfs after the other, what kernel 5.4 does not mount and
+// what the release makes by default. The last is for those that do not know any of it.
+var xfsNewer = [][]string{
+	{"-i", "sparse=1,nrext64=0,exchange=0", "-n", "parent=0"},
+	{"-i", "sparse=1,nrext64=0"},
+	{"-i", "sparse=1"},
+}
+
+func (h *job) mkfsXFS(ctx context.Context) (err error) {
+	for _, newer := range xfsNewer {
+		args := append([]string{"-q", "-f", "-K", "-m", xfsMeta + ",uuid=" + h.req.UUID}, newer...)
+		if err = h.command(ctx, "mkfs.xfs", append(args, h.req.Node)...); err == nil || ctx.Err() != nil {
+			break
+		}
+	}
+	if err != nil {
+		return err
+	}
+	f, err := os.Open(h.req.Node)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	return ondisk.CheckXFS(f)
 }
 
 // nodeSize is the length of a block device in bytes.

@@ -41,8 +41,10 @@ type Request struct {
 	Limits archive.Limits `json:"limits,omitzero"`
 	// Changed is diff's archive.DiffOptions.Changed; null is not the same as an empty list.
 	Changed []archive.InodeRange `json:"changed"`
-	// FreezeMS is how long a freeze lasts at the most, in milliseconds.
-	FreezeMS int64 `json:"freeze_ms,omitempty"`
+	// FreezeMS is how long a freeze lasts at the most, in milliseconds; Record is a file that the
+	// helper keeps locked (flock) for as long as it lives.
+	FreezeMS int64  `json:"freeze_ms,omitempty"`
+	Record   string `json:"record,omitempty"`
 }
 
 // A Response is an answer, or a part of one.

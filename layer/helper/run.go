@@ -67,6 +67,7 @@ type job struct {
 	out      *json.Encoder
 	mounts   []string // what is mounted, in order
 	scratch  bool     // a tmpfs is mounted on req.Dir
+	record   *os.File // of a freeze, locked until the end
 	warnings []string
 }
 

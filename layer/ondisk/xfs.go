@@ -26,6 +26,7 @@ import (
 //	106     2     inopblock  inodes of a block
 //	123     1     inopblog   bits of the number of an inode in its block
 //	124     1     agblklog   bits of the block number within a group
+//	212     4     features that a kernel must know to mount it for writing
 //	216     4     features that a kernel must know to mount it
 //
 // The log is a ring of records, each of which begins at a 512-byte sector with a header. No other
@@ -84,6 +85,30 @@ func readXFSSuper(d dev.Device) (s xfsSuperblock, err error) {
 	}
 	s.logBytes = int64(be.Uint32(sb[96:])) * s.block
 	return s, nil
+}
+
+// Features that kernel 5.4 knows: free inode trees, reverse maps, shared blocks to write; types in
+// directories, sparse chunks of inodes and another UUID to mount at all.
+const (
+	xfsOldROCompat = 0x1 | 0x2 | 0x4
+	xfsOldIncompat = 0x1 | 0x2 | 0x4
+)
+
+// CheckXFS returns an error if kernel 5.4 does not mount the XFS file system on a device for writing.
+func CheckXFS(r io.ReaderAt) error {
+	sb := make([]byte, xfsSector)
+	if _, err := r.ReadAt(sb, 0); err != nil {
+		return err
+	}
+	be := binary.BigEndian
+	if be.Uint32(sb) != xfsSuper {
+		return fmt.Errorf("no XFS superblock: %w", unix.EUCLEAN)
+	}
+	ro, in := be.Uint32(sb[212:]), be.Uint32(sb[216:])
+	if ro&^xfsOldROCompat != 0 || in&^xfsOldIncompat != 0 {
+		return fmt.Errorf("this mkfs.xfs makes features (%#x, %#x) that kernel 5.4 does not know: %w", ro, in, ErrUnknown)
+	}
+	return nil
 }
 
 // xfsClean tells whether an XFS file system can be mounted without its log. It reads what of the log is

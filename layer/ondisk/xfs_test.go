@@ -107,6 +107,31 @@ func TestXFSMade(t *testing.T) {
 	}
 }
 
+// TestCheckXFS: what kernel 5.4 does not mount is told from what it mounts.
+func TestCheckXFS(t *testing.T) {
+	for _, c := range []struct {
+		name     string
+		ro, in   uint32
+		accepted bool
+	}{
+		{"as mica makes it", 0x5, 0x3, true},
+		{"counts of inodes", 0xd, 0x3, false},
+		{"large times", 0x5, 0xb, false},
+		{"large extent counters", 0x5, 0x23, false},
+		{"parent pointers", 0x5, 0x83, false},
+	} {
+		b := xfsImage()
+		binary.BigEndian.PutUint32(b[212:], c.ro)
+		binary.BigEndian.PutUint32(b[216:], c.in)
+		if err := CheckXFS(memImage(t, b)); (err == nil) != c.accepted {
+			t.Errorf("%s: %v", c.name, err)
+		}
+	}
+	if err := CheckXFS(memImage(t, make([]byte, 4096))); err == nil {
+		t.Error("no file system was accepted")
+	}
+}
+
 // FuzzXFSClean: whatever the bytes are, the answer is yes, no or an error.
 func FuzzXFSClean(f *testing.F) {
 	f.Add(xfsImage(xfsRecordAt(0, 1, 1, 32<<10, 0x20)))
