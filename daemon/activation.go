@@ -50,7 +50,13 @@ func takeSockets(first, n int) (*sockets, error) {
 			return nil, fmt.Errorf("descriptor %d of the service manager: %s is no Unix socket", fd, l.Addr())
 		}
 		u.SetUnlinkOnClose(false)
-		s.given[l.Addr().String()] = l
+		path := l.Addr().String()
+		if st, err := os.Lstat(path); err == nil && st.Mode().Perm()&0o002 != 0 {
+			l.Close()
+			s.close()
+			return nil, fmt.Errorf("socket %s of the service manager: mode %04o: every user of this host can use it: set SocketMode=0600", path, st.Mode().Perm())
+		}
+		s.given[path] = l
 	}
 	return s, nil
 }

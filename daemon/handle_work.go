@@ -80,6 +80,8 @@ func (s *server) events(q *request) (int, any, error) {
 		if !wanted(e) {
 			return nil
 		}
+		// A client that takes nothing is let go; it can come back and go on after what it has seen.
+		defer s.boundWrite(q.w)()
 		b, err := json.Marshal(e)
 		if err != nil {
 			return err
@@ -106,6 +108,7 @@ func (s *server) events(q *request) (int, any, error) {
 	var idle func() error
 	if sse {
 		idle = func() error {
+			defer s.boundWrite(q.w)()
 			if _, err := fmt.Fprint(q.w, ": alive\n\n"); err != nil {
 				return err
 			}

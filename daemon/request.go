@@ -58,8 +58,11 @@ func readRequest(w http.ResponseWriter, r *http.Request, rt *route) (*request, e
 	case rt.stream != "" && media != "application/json":
 		return q, nil
 	case rt.body == nil:
-		if n, _ := io.ReadFull(r.Body, make([]byte, 1)); n > 0 {
+		switch n, err := io.ReadFull(r.Body, make([]byte, 1)); {
+		case n > 0:
 			return nil, api.Errorf(api.CodeInvalid, "%s %s takes no body", rt.method, rt.path)
+		case err != io.EOF:
+			return nil, api.Errorf(api.CodeInvalid, "body: %v", err)
 		}
 		return q, nil
 	}

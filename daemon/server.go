@@ -35,6 +35,8 @@ type parts struct {
 	backups *backups
 	// stall bounds how long a client may neither send nor take a byte of an archive or a diff.
 	stall time.Duration
+	// limits bound what a client can hold on to.
+	limits apiLimits
 	// busy says who uses a node ("mounted on /mnt"), empty if nobody does.
 	busy func(node string) []string
 	// describe fills in what only the daemon knows: paths, processes, exports.
@@ -63,6 +65,7 @@ type server struct {
 }
 
 func newServer(p parts, h *hub, ops *operations, log *slog.Logger) *server {
+	p.limits = p.limits.withDefaults()
 	s := &server{parts: p, hub: h, ops: ops, log: log, mux: http.NewServeMux()}
 	list := routes()
 	s.page = openAPIPage(list)
@@ -109,11 +112,14 @@ func (s *server) serve(w http.ResponseWriter, r *http.Request, rt *route) {
 		sendError(w, api.Errorf(api.CodeClosing, "the daemon is shutting down"))
 		return
 	}
+	lift := s.boundBody(w)
 	q, err := readRequest(w, r, rt)
-	if err == nil {
+	if err == nil { // else the limit stays: what is left of the body is read before the next request
+		lift()
 		var status int
 		var body any
 		if status, body, err = rt.handle(s, q); err == nil {
+			defer s.boundWrite(w)()
 			sendJSON(w, status, body)
 			return
 		}
@@ -131,6 +137,7 @@ func (s *server) serve(w http.ResponseWriter, r *http.Request, rt *route) {
 		level = slog.LevelError
 	}
 	s.log.Log(r.Context(), level, "request", "method", r.Method, "path", r.URL.Path, "code", e.Code, "error", e.Message)
+	defer s.boundWrite(w)()
 	sendError(w, e)
 }
 

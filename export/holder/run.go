@@ -53,7 +53,7 @@ func run(ctx context.Context, socket string, idle time.Duration, process bool) e
 	if err != nil {
 		return err
 	}
-	lock, err := os.OpenFile(socket+".lock", os.O_RDWR|os.O_CREATE, 0o600)
+	lock, err := os.OpenFile(socket+".lock", os.O_RDWR|os.O_CREATE|unix.O_NOFOLLOW, 0o600)
 	if err != nil {
 		return fmt.Errorf("holder: %w", err)
 	}
