@@ -77,7 +77,7 @@ func (f fakeFiles) Trim(ctx context.Context, node, fs string) (int64, error) {
 func (f fakeFiles) Thaw(context.Context, string, string) (helper.State, error) {
 	return helper.StateIdle, nil
 }
-func (f fakeFiles) FreezeNode(context.Context, string, string) (*helper.Frozen, error) {
+func (f fakeFiles) FreezeNode(context.Context, string, string, string) (*helper.Frozen, error) {
 	return &helper.Frozen{State: helper.StateIdle}, nil
 }
 

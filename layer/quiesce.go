@@ -5,10 +5,13 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"path/filepath"
 	"strings"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"mica/engine"
 	"mica/layer/catalog"
@@ -118,7 +121,7 @@ func (s *Store) snapshotFrozen(ctx context.Context, c record[containerBody], l *
 	if err != nil {
 		return release(err)
 	}
-	f, err := s.files.FreezeNode(ctx, node, c.body.FSType)
+	f, err := s.files.FreezeNode(ctx, node, c.body.FSType, path)
 	if err != nil {
 		// A helper that answered has taken back what it did, and somebody else's freeze is
 		// not ours to take back.
@@ -212,12 +215,21 @@ func (s *Store) thawAll(ctx context.Context) error {
 	return nil
 }
 
-// thawRecord thaws what a record names, if its node is still ours, and removes the record.
+// thawRecord thaws what a record names, if its node is still ours, and removes the record. It fails
+// while the helper that was to freeze has not ended: it could do so yet.
 func (s *Store) thawRecord(ctx context.Context, path string) error {
-	b, err := os.ReadFile(path)
+	f, err := os.Open(path)
 	if errors.Is(err, os.ErrNotExist) {
 		return nil
 	}
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+		return fmt.Errorf("the helper that was to freeze it has not ended: %w", err)
+	}
+	b, err := io.ReadAll(f)
 	if err != nil {
 		return err
 	}
