@@ -137,8 +137,12 @@ func TestLabels(t *testing.T) {
 
 // TestSize: the labels of size enlarge the file system of a new snapshot, and of what is made from
 // it; a hint that is too small is nothing.
-func TestSize(t *testing.T) {
-	r := newRig(t, 1<<30).open()
+func TestSize(t *testing.T) { eachFS(t, testSize) }
+
+func testSize(t *testing.T, fs string) {
+	r := newRig(t, 1<<30)
+	r.o.FSType = fs
+	r.open()
 	s := r.snapshotter("mica")
 	ctx := tctx(t)
 	r.layer(s, "p", "", map[string]string{"a": "a"})
@@ -176,13 +180,17 @@ func TestSize(t *testing.T) {
 
 // TestMounts: one device however often its mounts are asked for, one for all views of a parent, which
 // cost the pool no commit; mount lists that are kept too long lead nowhere.
-func TestMounts(t *testing.T) {
-	r := newRig(t, 1<<30).open()
+func TestMounts(t *testing.T) { eachFS(t, testMounts) }
+
+func testMounts(t *testing.T, fs string) {
+	r := newRig(t, 1<<30)
+	r.o.FSType = fs
+	r.open()
 	s := r.snapshotter("mica")
 	ctx := tctx(t)
 	r.layer(s, "p", "", map[string]string{"a": "text"})
 	m := must[[]mount.Mount](t)(s.Prepare(ctx, "active", "p"))
-	if len(m) != 1 || m[0].Type != "ext4" || filepath.Dir(m[0].Source) != r.links() {
+	if len(m) != 1 || m[0].Type != fs || filepath.Dir(m[0].Source) != r.links() {
 		t.Fatalf("mounts %+v", m)
 	}
 	attached := must[layer.Status](t)(r.store.Status(ctx)).Attached
@@ -253,8 +261,12 @@ func TestMounts(t *testing.T) {
 }
 
 // TestUnpackCosts: unpacking a layer costs mica no mount and at most two pool commits.
-func TestUnpackCosts(t *testing.T) {
-	r := newRig(t, 1<<30).open()
+func TestUnpackCosts(t *testing.T) { eachFS(t, testUnpackCosts) }
+
+func testUnpackCosts(t *testing.T, fs string) {
+	r := newRig(t, 1<<30)
+	r.o.FSType = fs
+	r.open()
 	s := r.snapshotter("mica")
 	ctx := tctx(t)
 	r.layer(s, "warm up", "", map[string]string{"x": "x"}) // reserves ids

@@ -85,8 +85,12 @@ func entries(t testing.TB, cs content.Store, d ocispec.Descriptor) (m map[string
 
 // TestCompare: the difference of what is mounted and written to is a layer of one moment, in every
 // compression, with the labels that containerd expects.
-func TestCompare(t *testing.T) {
-	r := newRig(t, 1<<30).open()
+func TestCompare(t *testing.T) { eachFS(t, testCompare) }
+
+func testCompare(t *testing.T, fs string) {
+	r := newRig(t, 1<<30)
+	r.o.FSType = fs
+	r.open()
 	s := r.snapshotter("mica")
 	d, cs := r.differ()
 	ctx := tctx(t)
@@ -224,8 +228,12 @@ func tarOf(t testing.TB, name, text string) []byte {
 
 // TestApplyLayers: blobs in every compression are applied by a helper, which tells the digest of what
 // was in them; what is hostile or not a layer is refused.
-func TestApplyLayers(t *testing.T) {
-	r := newRig(t, 1<<30).open()
+func TestApplyLayers(t *testing.T) { eachFS(t, testApplyLayers) }
+
+func testApplyLayers(t *testing.T, fs string) {
+	r := newRig(t, 1<<30)
+	r.o.FSType = fs
+	r.open()
 	s := r.snapshotter("mica")
 	d, cs := r.differ()
 	ctx := tctx(t)

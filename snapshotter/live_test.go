@@ -72,8 +72,12 @@ func syncFS(t testing.TB, dir string) {
 
 // TestCommitMounted: what is mounted and written to is committed as of a moment; the mount goes on,
 // and its device goes when it is unmounted.
-func TestCommitMounted(t *testing.T) {
-	r := newRig(t, 1<<30).open()
+func TestCommitMounted(t *testing.T) { eachFS(t, testCommitMounted) }
+
+func testCommitMounted(t *testing.T, fs string) {
+	r := newRig(t, 1<<30)
+	r.o.FSType = fs
+	r.open()
 	s := r.snapshotter("mica")
 	ctx := tctx(t)
 	r.layer(s, "p", "", map[string]string{"a": "a"})
@@ -114,8 +118,12 @@ func TestCommitMounted(t *testing.T) {
 
 // TestRemoveMounted: removing what is mounted succeeds at once; its device and the export of its views
 // are taken away when they are let go, and the queue names who holds them until then.
-func TestRemoveMounted(t *testing.T) {
-	r := newRig(t, 1<<30).open()
+func TestRemoveMounted(t *testing.T) { eachFS(t, testRemoveMounted) }
+
+func testRemoveMounted(t *testing.T, fs string) {
+	r := newRig(t, 1<<30)
+	r.o.FSType = fs
+	r.open()
 	s := r.snapshotter("mica")
 	ctx := tctx(t)
 	empty := r.used()
@@ -179,8 +187,12 @@ func TestViewAgain(t *testing.T) {
 
 // TestRestart: nodes, mounts and what was being removed survive the store; a view's shared export
 // does too. What was counted is right at the first call.
-func TestRestart(t *testing.T) {
-	r := newRig(t, 1<<30).open()
+func TestRestart(t *testing.T) { eachFS(t, testRestart) }
+
+func testRestart(t *testing.T, fs string) {
+	r := newRig(t, 1<<30)
+	r.o.FSType = fs
+	r.open()
 	s := r.snapshotter("mica")
 	ctx := tctx(t)
 	empty := r.used()
@@ -248,8 +260,12 @@ func TestRestart(t *testing.T) {
 }
 
 // TestTakenAway: a node that somebody took away comes back when its mounts are asked for.
-func TestTakenAway(t *testing.T) {
-	r := newRig(t, 1<<30).open()
+func TestTakenAway(t *testing.T) { eachFS(t, testTakenAway) }
+
+func testTakenAway(t *testing.T, fs string) {
+	r := newRig(t, 1<<30)
+	r.o.FSType = fs
+	r.open()
 	s := r.snapshotter("mica")
 	ctx := tctx(t)
 	r.layer(s, "p", "", map[string]string{"a": "text"})
@@ -275,8 +291,11 @@ func TestTakenAway(t *testing.T) {
 
 // TestLostWrites: a snapshot some of whose writes found no room is never committed; removed, it gives
 // its space back. With too little room, none is prepared.
-func TestLostWrites(t *testing.T) {
+func TestLostWrites(t *testing.T) { eachFS(t, testLostWrites) }
+
+func testLostWrites(t *testing.T, fs string) {
 	r := newRig(t, 24<<20)
+	r.o.FSType = fs
 	r.poolO.ErrorIfNoSpace = true
 	r.open()
 	s := r.snapshotter("mica")
@@ -334,8 +353,12 @@ func (r *rig) fillPool() (empty func()) {
 }
 
 // TestCrashed: a file system that was not unmounted in order (the host died) is replayed at commit.
-func TestCrashed(t *testing.T) {
-	r := newRig(t, 1<<30).open()
+func TestCrashed(t *testing.T) { eachFS(t, testCrashed) }
+
+func testCrashed(t *testing.T, fs string) {
+	r := newRig(t, 1<<30)
+	r.o.FSType = fs
+	r.open()
 	s := r.snapshotter("mica")
 	ctx := tctx(t)
 	r.layer(s, "p", "", map[string]string{"a": "text"})
@@ -456,8 +479,12 @@ func TestGuestOwned(t *testing.T) {
 }
 
 // TestIDMap: the labels of a user namespace become mount options, and nothing is copied.
-func TestIDMap(t *testing.T) {
-	r := newRig(t, 1<<30).open()
+func TestIDMap(t *testing.T) { eachFS(t, testIDMap) }
+
+func testIDMap(t *testing.T, fs string) {
+	r := newRig(t, 1<<30)
+	r.o.FSType = fs
+	r.open()
 	s := r.snapshotter("mica", func(o *Options) { o.MountOptions = []string{"nosuid"} })
 	ctx := tctx(t)
 	r.layer(s, "p", "", map[string]string{"a": "text"})
@@ -477,7 +504,7 @@ func TestIDMap(t *testing.T) {
 	dir, err := os.MkdirTemp(r.dir, "m-")
 	ok(t, err)
 	if err := mount.All(m, dir); err != nil {
-		t.Skipf("SKIPPED: this kernel or machine mounts no idmapped ext4: %v", err)
+		t.Skipf("SKIPPED: this kernel or machine mounts no idmapped %s: %v", fs, err)
 	}
 	defer unix.Unmount(dir, 0)
 	var st unix.Stat_t

@@ -65,8 +65,12 @@ func chain(n int) string { return fmt.Sprintf("sha256:%064x", n) }
 
 // TestSharing: layers that were unpacked in one namespace are there for another, layers of imported
 // images for all; each is removed when nobody needs it any more.
-func TestSharing(t *testing.T) {
-	r := newRig(t, 1<<30).open()
+func TestSharing(t *testing.T) { eachFS(t, testSharing) }
+
+func testSharing(t *testing.T, fs string) {
+	r := newRig(t, 1<<30)
+	r.o.FSType = fs
+	r.open()
 	s := r.snapshotter("mica")
 	db := r.metaDB(s)
 	sn := db.Snapshotter("mica")
@@ -189,8 +193,12 @@ func collectAgain(t testing.TB, db *metadata.DB, sn snapshots.Snapshotter, ctx c
 
 // TestImported: layers of an image that was imported into the store are there for containerd, at no
 // cost, and stay as long as either needs them.
-func TestImported(t *testing.T) {
-	r := newRig(t, 1<<30).open()
+func TestImported(t *testing.T) { eachFS(t, testImported) }
+
+func testImported(t *testing.T, fs string) {
+	r := newRig(t, 1<<30)
+	r.o.FSType = fs
+	r.open()
 	s := r.snapshotter("mica")
 	db := r.metaDB(s)
 	sn := db.Snapshotter("mica")

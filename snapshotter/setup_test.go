@@ -334,3 +334,15 @@ func unmountIn(dir string, which func(at string) bool) {
 		}
 	}
 }
+
+// eachFS runs a test on every kind of base file system.
+func eachFS(t *testing.T, fn func(t *testing.T, fs string)) {
+	for _, fs := range []string{"ext4", "xfs"} {
+		t.Run(fs, func(t *testing.T) {
+			if _, err := exec.LookPath("mkfs.xfs"); fs == "xfs" && err != nil {
+				t.Skip("SKIPPED: mkfs.xfs is not installed (package xfsprogs)")
+			}
+			fn(t, fs)
+		})
+	}
+}

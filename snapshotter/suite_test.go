@@ -15,16 +15,22 @@ import (
 // TestSuite is containerd's own suite for snapshotters, through the library. Each of its tests has a
 // snapshotter of its own; all of them share one store.
 func TestSuite(t *testing.T) {
-	runSuite(t, func(sn *Snapshotter, _ string) (snapshots.Snapshotter, func()) { return sn, func() {} })
+	eachFS(t, testSuite)
+}
+
+func testSuite(t *testing.T, fs string) {
+	runSuite(t, fs, func(sn *Snapshotter, _ string) (snapshots.Snapshotter, func()) { return sn, func() {} })
 }
 
 // TestSuiteSocket is the same through the socket, with containerd's client.
 func TestSuiteSocket(t *testing.T) {
-	runSuite(t, func(sn *Snapshotter, sock string) (snapshots.Snapshotter, func()) { return serveOn(t, sn, sock) })
+	runSuite(t, "ext4", func(sn *Snapshotter, sock string) (snapshots.Snapshotter, func()) { return serveOn(t, sn, sock) })
 }
 
-func runSuite(t *testing.T, wrap func(sn *Snapshotter, sock string) (snapshots.Snapshotter, func())) {
-	r := newRig(t, 8<<30).open()
+func runSuite(t *testing.T, fs string, wrap func(sn *Snapshotter, sock string) (snapshots.Snapshotter, func())) {
+	r := newRig(t, 8<<30)
+	r.o.FSType = fs
+	r.open()
 	before := r.used()
 	var n atomic.Int32
 	t.Run("suite", func(t *testing.T) {
