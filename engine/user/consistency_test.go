@@ -30,6 +30,10 @@ func testSeed(t *testing.T) uint64 {
 // records acknowledged before it was asked for, none begun after it returned, of each writer
 // all up to the last one, and with a record all that the record knows of.
 func TestSnapshotsHoldPrefixes(t *testing.T) {
+	snapshotsHoldPrefixes(t, Options{CommitInterval: 3 * time.Millisecond})
+}
+
+func snapshotsHoldPrefixes(t *testing.T, o Options) {
 	const (
 		writers = 16
 		slots   = 40 // records kept of each writer, one every 20 KiB
@@ -38,7 +42,7 @@ func TestSnapshotsHoldPrefixes(t *testing.T) {
 		recLen  = 8 * (2 + writers)
 		snaps   = 60 / slow
 	)
-	tp := newPool(t, poolSize{dataBlocks: 2000}, Options{CommitInterval: 3 * time.Millisecond})
+	tp := newPool(t, poolSize{dataBlocks: 2000}, o)
 	tp.create(1)
 	const size = writers * area
 	h := tp.thin(1, size)

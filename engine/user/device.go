@@ -74,6 +74,8 @@ func (p *Pool) open(id thin.DevID, o engine.OpenOptions) (*Thin, error) {
 	if !o.ReadOnly && p.opts.ReadOnly {
 		return nil, p.writable()
 	}
+	p.compaction.opening.RLock()
+	defer p.compaction.opening.RUnlock()
 	// Under applyMu, so that a snapshot either sees the device open or is done with it.
 	p.applyMu.Lock()
 	defer p.applyMu.Unlock()

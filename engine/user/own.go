@@ -27,7 +27,7 @@ func (p *Pool) OwnBlocks(ctx context.Context, id thin.DevID) (uint64, error) {
 		return 0, err
 	}
 	defer v.Unpin()
-	det, err := p.meta.Details(id)
+	det, err := v.Device(id)
 	if err != nil {
 		return 0, fmt.Errorf("own blocks of thin %d: %w", id, err)
 	}

@@ -47,6 +47,8 @@ type Options struct {
 	JournalDirs     []string
 
 	step func(name string) // for tests: called between the steps of a commit and of a takeover
+
+	compactAt uint32 // for tests: see makeTime; 0: compactAt
 }
 
 // defaultJournal holds twice the changes that may be pending, in each of its two generations.
@@ -122,6 +124,8 @@ type Pool struct {
 
 	trimMu sync.Mutex // held while a trim has free blocks reserved
 	growMu sync.Mutex // one growth at a time
+
+	compaction compaction
 
 	stop  chan struct{}
 	loops sync.WaitGroup

@@ -32,10 +32,17 @@ func (p *Pool) createSnaps(pairs []engine.SnapPair, then func() error) error {
 	if len(pairs) == 0 {
 		return nil
 	}
+	p.makeTime()
 	if err := p.writable(); err != nil {
 		return fmt.Errorf("create snapshot %d of thin %d: %w", pairs[0].ID, pairs[0].Origin, err)
 	}
 	gen, err := p.snapshot(pairs, then)
+	if errors.Is(err, thin.ErrTime) {
+		if cerr := p.compact(p.meta.Time()); cerr != nil {
+			return fmt.Errorf("%w: %w", err, cerr)
+		}
+		gen, err = p.snapshot(pairs, then)
+	}
 	if errors.Is(err, thin.ErrNoMetaSpace) && p.failed() == nil {
 		// A commit may free metadata blocks.
 		if err := p.commitNow(); err != nil {
