@@ -9,6 +9,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -242,6 +243,12 @@ func (b *box) checkFiles() {
 	for _, e := range entries {
 		if e.Type()&os.ModeSocket != 0 {
 			left = append(left, "RUN/"+e.Name())
+		}
+	}
+	if st, err := os.Stat(filepath.Join(b.pool, "metadata")); err == nil {
+		for _, dir := range []string{"/run/mica-journal", "/dev/shm/mica-journal"} {
+			found, _ := filepath.Glob(fmt.Sprintf("%s/file-*-%d*", dir, st.Sys().(*syscall.Stat_t).Ino))
+			left = append(left, found...)
 		}
 	}
 	if len(left) > 0 {
