@@ -23,7 +23,10 @@ import (
 //	64      8     born            its creation, ns since 1970; 0: unknown
 //	72      4     pid             of the process that made the journal
 //	76      4     length of path
-//	80      4016  path            of the metadata device, for people
+//	80      3880  path            of the metadata device
+//	3960    4     type of handle
+//	3964    4     length of handle
+//	3968    128   handle          of the metadata file (name_to_handle_at), see sweep
 //	4096    8     failed          not 0: the pool has failed, nothing may be taken over
 //	4160    128   done            record: the superblock that a reader's own commit will write
 //	8192    128   follows         record of area 0
@@ -58,7 +61,9 @@ const (
 	slotBytes    = 32
 	recordBytes  = 128
 	stateWords   = 13
-	maxPath      = pageBytes - 80
+	maxPath      = handleAt - 80
+	handleAt     = 3960
+	maxHandle    = 128
 
 	kindFile  = 1
 	kindBlock = 2
@@ -203,10 +208,17 @@ func slotsPer(size int64) uint64 { return uint64(size-slotsAt) / 2 / slotBytes }
 
 // A header says which pool a journal belongs to.
 type header struct {
-	size int64
-	boot [16]byte
-	id   Identity
-	pid  int
+	size   int64
+	boot   [16]byte
+	id     Identity
+	pid    int
+	handle handle
+}
+
+// A handle names a file for its file system, and nothing once the file is gone.
+type handle struct {
+	kind int32
+	data []byte // empty: none
 }
 
 func (h *header) encode(b []byte) {
@@ -226,6 +238,9 @@ func (h *header) encode(b []byte) {
 	order.PutUint32(b[72:], uint32(h.pid))
 	n := copy(b[80:80+maxPath], h.id.Path)
 	order.PutUint32(b[76:], uint32(n))
+	order.PutUint32(b[handleAt:], uint32(h.handle.kind))
+	n = copy(b[handleAt+8:pageBytes], h.handle.data)
+	order.PutUint32(b[handleAt+4:], uint32(n))
 	order.PutUint32(b[12:], crc32.Checksum(b[16:pageBytes], castagnoli))
 }
 
@@ -240,10 +255,12 @@ func decodeHeader(b []byte) (h header, err error) {
 	h.id = Identity{Block: kind == kindBlock, Dev: order.Uint64(b[48:]), Ino: order.Uint64(b[56:]), Born: int64(order.Uint64(b[64:]))}
 	h.pid = int(order.Uint32(b[72:]))
 	n := order.Uint32(b[76:])
-	if kind != kindFile && kind != kindBlock || n > maxPath || h.size < slotsAt {
-		return h, fmt.Errorf("header with kind %d, path of %d bytes, size %d: %w", kind, n, h.size, ErrDamaged)
+	m := order.Uint32(b[handleAt+4:])
+	if kind != kindFile && kind != kindBlock || n > maxPath || m > maxHandle || h.size < slotsAt {
+		return h, fmt.Errorf("header with kind %d, path of %d bytes, handle of %d, size %d: %w", kind, n, m, h.size, ErrDamaged)
 	}
 	h.id.Path = string(b[80 : 80+n])
+	h.handle = handle{int32(order.Uint32(b[handleAt:])), bytes.Clone(b[handleAt+8 : handleAt+8+m])}
 	return h, nil
 }
 

@@ -50,7 +50,7 @@ func Create(id Identity, o Options, follows State, onHalf func()) (*Journal, err
 	var why []error
 	for _, dir := range o.dirs(id.UID) {
 		for size := o.Bytes; ; size /= 4 {
-			j, err := create(dir, id, header{size: size, boot: boot, id: id, pid: os.Getpid()}, follows)
+			j, err := create(dir, id, header{size: size, boot: boot, id: id, pid: os.Getpid(), handle: handleOf(id)}, follows)
 			if err == nil {
 				j.half = onHalf
 				return j, nil
@@ -70,6 +70,7 @@ func create(dir string, id Identity, h header, follows State) (_ *Journal, err e
 	if err != nil {
 		return nil, err
 	}
+	sweep(fd, id.UID, h.boot)
 	m, err := newFile(fd, filepath.Join(dir, id.name()), id.UID, h.size)
 	if err != nil {
 		unix.Close(fd)

@@ -156,6 +156,7 @@ func TestNotOurs(t *testing.T) {
 		{"a flipped bit", func(b []byte) []byte { b[90] ^= 1; return b }, "damaged", nil},
 		{"no kind", func(b []byte) []byte { b[40] = 0; reseal(b); return b }, "damaged", nil},
 		{"a long path", func(b []byte) []byte { b[79] = 1; reseal(b); return b }, "damaged", nil},
+		{"a long handle", func(b []byte) []byte { b[handleAt+6] = 1; reseal(b); return b }, "damaged", nil},
 		{"cut off", func(b []byte) []byte { return b[:len(b)-1] }, "damaged", nil},
 		{"too long", func(b []byte) []byte { return append(b, 0) }, "damaged", nil},
 		{"empty", func(b []byte) []byte { return nil }, "damaged", nil},
