@@ -50,7 +50,7 @@ func (b *box) leased(id string) context.Context {
 // difference to its image becomes a layer in containerd's content store. An image made of the old
 // layers and that one runs, and holds what the container held.
 func TestCommitRunning(t *testing.T) {
-	each(t, func(t *testing.T, b *box) {
+	eachFS(t, func(t *testing.T, b *box) {
 		b.up()
 		before := b.settled()
 		layers := [][]byte{shell(t), layerOf(t, entry{name: "etc/"}, entry{name: "etc/old", data: "old\n"}, entry{name: "gone", data: "x"})}

@@ -52,8 +52,16 @@ exec "$dir/systemd-shutdown" 60
 // TestPowerOff: the daemon outlives the kill at the end of a shutdown, serves until the last mount is
 // gone, commits and ends. Nothing is lost, and the file system is clean.
 func TestPowerOff(t *testing.T) {
-	r := releases(t)[0]
-	b := newBox(t, r)
+	t.Run("ext4", func(t *testing.T) { testPowerOff(t, "ext4", "e2fsck", "-f", "-n") })
+	t.Run("xfs", func(t *testing.T) { testPowerOff(t, "xfs", "xfs_repair", "-n") })
+}
+
+func testPowerOff(t *testing.T, fs string, check ...string) {
+	b := newBox(t, releases(t)[0])
+	b.fs = fs
+	if _, err := exec.LookPath(check[0]); err != nil {
+		t.Skipf("SKIPPED: %s is not installed (packages e2fsprogs, xfsprogs)", check[0])
+	}
 	sleep, err := exec.LookPath("sleep")
 	if err != nil {
 		t.Skipf("SKIPPED: no sleep: %v", err)
@@ -101,8 +109,8 @@ func TestPowerOff(t *testing.T) {
 	}
 	b.startMica()
 	node := strings.TrimSpace(b.mustMica("attach", "c"))
-	if out, err := run(time.Minute, "e2fsck", "-f", "-n", node); err != nil {
-		t.Errorf("e2fsck: %v\n%s", err, out)
+	if out, err := run(time.Minute, append(check, node)...); err != nil {
+		t.Errorf("%v\n%s", err, out)
 	}
 	dir := b.path("again")
 	if err := os.Mkdir(dir, 0o755); err != nil {

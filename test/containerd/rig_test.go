@@ -76,6 +76,22 @@ func each(t *testing.T, fn func(t *testing.T, b *box)) {
 	}
 }
 
+// eachFS is each with both kinds of base file system, where the test is worth it.
+func eachFS(t *testing.T, fn func(t *testing.T, b *box)) {
+	for _, r := range releases(t) {
+		for _, fs := range []string{"ext4", "xfs"} {
+			t.Run(r.name+"/"+fs, func(t *testing.T) {
+				if _, err := exec.LookPath("mkfs.xfs"); fs == "xfs" && err != nil {
+					t.Skip("SKIPPED: mkfs.xfs is not installed (package xfsprogs)")
+				}
+				b := newBox(t, r)
+				b.fs = fs
+				fn(t, b)
+			})
+		}
+	}
+}
+
 // mica builds the program once.
 var micaProgram = sync.OnceValues(func() (string, error) {
 	dir, err := os.MkdirTemp("", "mica-bin-")
@@ -107,6 +123,7 @@ type box struct {
 	mica       string // program
 	poolSize   string
 	waitSpace  string // how long writes wait for space
+	fs         string // of the base
 	daemon     *process
 	containerd *process
 }
@@ -130,7 +147,7 @@ func newBox(t *testing.T, r release) *box {
 	if err := os.Chmod(dir, 0o711); err != nil { // roots of user namespaces have to pass
 		t.Fatal(err)
 	}
-	b := &box{T: t, release: r, dir: dir, ns: "n" + filepath.Base(dir)[len("mica-ctr-"):], mica: program, poolSize: "4G", waitSpace: "60s"}
+	b := &box{T: t, release: r, dir: dir, ns: "n" + filepath.Base(dir)[len("mica-ctr-"):], mica: program, poolSize: "4G", waitSpace: "60s", fs: "ext4"}
 	t.Cleanup(b.clear)
 	return b
 }
@@ -194,11 +211,12 @@ size = %q
 no_space_timeout = %q
 [containers]
 base_size = "1G"
+file_system = %q
 [exports]
 link_dir = %q
 [containerd]
 address = %q
-`, b.path("root"), b.path("run"), b.poolSize, b.waitSpace, b.path("links"), b.path("c.sock")))
+`, b.path("root"), b.path("run"), b.poolSize, b.waitSpace, b.fs, b.path("links"), b.path("c.sock")))
 }
 
 func (b *box) startMica() {
