@@ -14,6 +14,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -191,7 +192,7 @@ func backing(t *testing.T, dir string, size int64) string {
 type writer struct {
 	base   int64 // bytes
 	blocks []uint64
-	count  uint64
+	count  atomic.Uint64
 	err    error
 }
 
@@ -218,12 +219,12 @@ func (w *writer) run(f *os.File, seed uint64, buf []byte, stop <-chan struct{}) 
 		off := w.base + int64(i)*writerBlock
 		switch rnd.IntN(8) {
 		default:
-			w.count++
-			if _, err := f.WriteAt(block(got, w.base, i, w.count), off); err != nil {
+			n := w.count.Add(1)
+			if _, err := f.WriteAt(block(got, w.base, i, n), off); err != nil {
 				w.err = fmt.Errorf("write: %w", err)
 				return
 			}
-			w.blocks[i] = w.count
+			w.blocks[i] = n
 		case 0:
 			if err := f.Sync(); err != nil {
 				w.err = fmt.Errorf("fsync: %w", err)
@@ -274,9 +275,27 @@ func startLoad(t *testing.T, node string) *load {
 
 func (l *load) count() (n uint64) {
 	for _, w := range l.writers {
-		n += w.count
+		n += w.count.Load()
 	}
 	return n
+}
+
+// goesOn waits until every writer has come on.
+func (l *load) goesOn() {
+	l.t.Helper()
+	var was []uint64
+	for _, w := range l.writers {
+		was = append(was, w.count.Load())
+	}
+	deadline := time.Now().Add(time.Minute)
+	for i, w := range l.writers {
+		for w.count.Load() < was[i]+3 {
+			if time.Now().After(deadline) {
+				l.t.Fatalf("the writer at %d does not come on: %d writes, %v", w.base, w.count.Load(), w.err)
+			}
+			time.Sleep(time.Millisecond)
+		}
+	}
 }
 
 // end stops the writers and closes their files. path holds what must have arrived.
@@ -300,7 +319,7 @@ func (l *load) end(path string) {
 	want := make([]byte, writerBlock)
 	for _, w := range l.writers {
 		if w.err != nil {
-			l.t.Errorf("writer at %d, after %d writes: %v", w.base, w.count, w.err)
+			l.t.Errorf("writer at %d, after %d writes: %v", w.base, w.count.Load(), w.err)
 			continue
 		}
 		for i, n := range w.blocks {
@@ -327,6 +346,7 @@ func restarts(t *testing.T, d Driver, n int, mode string, end func(c *child)) {
 	node, link := c.at, filepath.Join(options(dir).Links(), "disk")
 	l := startLoad(t, link)
 	for i := range n {
+		l.goesOn()
 		time.Sleep(time.Duration(20+rand.IntN(200)) * time.Millisecond)
 		end(c)
 		if missing(link) {
@@ -338,7 +358,7 @@ func restarts(t *testing.T, d Driver, n int, mode string, end func(c *child)) {
 			t.Fatalf("restart %d: %s %s, want adopted %s", i, c.how, c.at, node)
 		}
 	}
-	time.Sleep(100 * time.Millisecond)
+	l.goesOn()
 	l.end(file)
 	c.finish(t, "detach")
 	if !missing(link) {

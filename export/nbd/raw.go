@@ -53,11 +53,21 @@ func (r *Raw) Conn(nc net.Conn, name string, d dev.Device, readOnly bool) (*RawC
 	if err != nil {
 		return nil, fmt.Errorf("export %q: %w", name, err)
 	}
+	if e.trier == nil {
+		e.trier = waits{} // a device that may wait, and does not say when, must not keep the reader
+	}
 	t := e.terms(false)
 	t.flags = RawFlags(d, readOnly)
 	t.size = math.MaxInt64 &^ (minBlock - 1)
 	return &RawConn{newConn(e, t, l, r.o.Workers, r.budget, r.o.Log)}, nil
 }
+
+// waits is the dev.Trier of a device that has none.
+type waits struct{}
+
+func (waits) TryReadAt([]byte, int64) error { return dev.ErrWouldBlock }
+
+func (waits) TryWriteAt([]byte, int64) error { return dev.ErrWouldBlock }
 
 // Run serves until the client ends the connection, it breaks, or Leave is called; then it returns,
 // when nothing of it is left in flight. It does not close the socket.

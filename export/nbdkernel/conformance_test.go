@@ -22,7 +22,7 @@ var conformance = exporttest.Driver{
 	New: func(o exporttest.Options) (export.Exporter, error) {
 		n, _ := strconv.Atoi(os.Getenv(connectionsVar))
 		return New(Options{RunDir: o.Run(), LinkDir: o.Links(), Logger: o.Log, HelperCommand: o.Role("role-helper"),
-			Connections: n, RequestTimeout: 3 * time.Second})
+			Connections: n, RequestTimeout: 2 * time.Second, RetryAfter: time.Second})
 	},
 	Roles: map[string]func([]string) error{
 		"role-helper": func([]string) error { return helper.Run(context.Background(), os.Stdin, os.Stdout, Calls, Errors) },

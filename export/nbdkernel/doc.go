@@ -8,7 +8,7 @@
 // With the server its end of each socket pair is gone. The kernel keeps the device: requests wait,
 // Options.DeadTimeout at most, until the next server gives it new sockets (RECONFIGURE), which it
 // may do because it knows the device's backend name, "mica:RUN:NAME". Requests that the dead server
-// had taken and not answered are sent again when their timer has run out (retryAfter).
+// had taken and not answered are sent again when their timer has run out (Options.RetryAfter).
 //
 // # One connection or several
 //

@@ -149,7 +149,7 @@ func (e *Exporter) attach(name string, d dev.Device, o export.AttachOptions) (_ 
 		return nil, fmt.Errorf("%w: the kernel's NBD client keeps no backend names: the kernel is too old (they came with Linux 5.14)", export.ErrUnavailable)
 	}
 	if e.o.Connections == 1 {
-		if err = setRetry(a.rec.Index); err != nil {
+		if err = setRetry(a.rec.Index, e.o.RetryAfter); err != nil {
 			return nil, err
 		}
 	}
@@ -170,15 +170,11 @@ func (e *Exporter) attach(name string, d dev.Device, o export.AttachOptions) (_ 
 	return a, nil
 }
 
-// retryAfter is how long the kernel waits before it looks what became of a request: sent on a
-// connection that was replaced, it is sent again. Otherwise the kernel goes on waiting, and says so
-// in its log.
-const retryAfter = 5 * time.Second
-
-// setRetry sets that timer, which is 30 seconds by default. The driver's own timeout stays off.
-func setRetry(index int) error {
+// setRetry sets the timer after which the kernel looks what became of a request. The driver's own
+// timeout, which would end the connection, stays off.
+func setRetry(index int, after time.Duration) error {
 	path := sysfs(index) + "/queue/io_timeout"
-	err := os.WriteFile(path, []byte(strconv.FormatInt(retryAfter.Milliseconds(), 10)), 0o644)
+	err := os.WriteFile(path, []byte(strconv.FormatInt(after.Milliseconds(), 10)), 0o644)
 	if errors.Is(err, os.ErrNotExist) {
 		return nil // before Linux 5.0 there is no such file, and 30 seconds it is
 	}

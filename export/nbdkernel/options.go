@@ -22,6 +22,10 @@ type Options struct {
 	// RequestTimeout is when the kernel gives up a request and sends it on another connection, for
 	// devices with several; 0 is 2 minutes. Whole seconds.
 	RequestTimeout time.Duration
+	// RetryAfter is when the kernel looks what became of a request, for devices with one connection:
+	// sent on a connection that was replaced, it is sent again. Otherwise the kernel goes on
+	// waiting, and says so in its log. 0 is 3 seconds.
+	RetryAfter time.Duration
 	// DeadTimeout is how long requests wait for the next server before they fail; 0 is 24 hours.
 	// Whole seconds.
 	DeadTimeout time.Duration
@@ -50,6 +54,9 @@ func (o *Options) check() error {
 	}
 	if o.RequestTimeout <= 0 {
 		o.RequestTimeout = 2 * time.Minute
+	}
+	if o.RetryAfter <= 0 {
+		o.RetryAfter = 3 * time.Second
 	}
 	if o.DeadTimeout <= 0 {
 		o.DeadTimeout = 24 * time.Hour
