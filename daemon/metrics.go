@@ -4,6 +4,8 @@ import (
 	"bytes"
 	"cmp"
 	"fmt"
+	"os"
+	"runtime"
 	"slices"
 	"strconv"
 	"strings"
@@ -106,6 +108,7 @@ func (s *server) metrics(q *request) (int, any, error) {
 	}
 	var p metricsPage
 	poolMetrics(&p, pool)
+	processMetrics(&p)
 	for _, v := range []struct {
 		name, help string
 		n          int
@@ -167,6 +170,24 @@ func poolMetrics(p *metricsPage, pool api.Pool) {
 		check = 1
 	}
 	p.one("mica_pool_needs_check", "gauge", "1: the pool must be checked.", check)
+}
+
+// processMetrics are the daemon's own figures, under the names that Prometheus's clients use for
+// them.
+func processMetrics(p *metricsPage) {
+	p.one("go_goroutines", "gauge", "Goroutines of the daemon.", float64(runtime.NumGoroutine()))
+	if n, err := countEntries("/proc/self/fd"); err == nil {
+		p.one("process_open_fds", "gauge", "Open file descriptors of the daemon.", float64(n))
+	}
+	if n, err := countEntries("/proc/self/task"); err == nil {
+		p.one("process_threads", "gauge", "Threads of the daemon.", float64(n))
+	}
+	p.one("mica_memory_bytes", "gauge", "Anonymous resident memory of the daemon.", float64(anonymousMemory()))
+}
+
+func countEntries(dir string) (int, error) {
+	list, err := os.ReadDir(dir)
+	return len(list), err
 }
 
 func callMetrics(p *metricsPage, calls []callStat) {
