@@ -23,7 +23,10 @@ import (
 )
 
 // childDir is set in the environment of a process that is to be killed: the directory of its pool.
-const childDir = "MICA_TEST_POOL"
+const (
+	childDir     = "MICA_TEST_POOL"
+	userChildDir = "MICA_TEST_USER_POOL"
+)
 
 // TestMain runs the child in place of the tests.
 func TestMain(m *testing.M) {
@@ -33,6 +36,10 @@ func TestMain(m *testing.M) {
 			os.Exit(1)
 		}
 		os.Exit(0)
+	}
+	if dir := os.Getenv(userChildDir); dir != "" {
+		fmt.Fprintln(os.Stderr, "child:", userChild(dir))
+		os.Exit(1)
 	}
 	os.Exit(m.Run())
 }

@@ -29,6 +29,9 @@ func Available() error {
 	return dm.Close()
 }
 
+// targets are what the engine needs of device-mapper.
+var targets = []string{"thin-pool", "thin"}
+
 // openControl opens device-mapper and sees to it that the targets are there.
 func openControl() (*dmioctl.Control, error) {
 	dm, err := dmioctl.Open()
@@ -39,7 +42,7 @@ func openControl() (*dmioctl.Control, error) {
 	if err != nil {
 		return nil, fmt.Errorf("%w: no device-mapper (%w): load the module dm_mod, or use the user engine", ErrUnavailable, err)
 	}
-	for _, target := range []string{"thin-pool", "thin"} {
+	for _, target := range targets {
 		_, _, _, err := dm.TargetVersion(target)
 		if errors.Is(err, unix.EINVAL) {
 			modprobe("dm-thin-pool")

@@ -98,7 +98,7 @@ func newRig() (*rig, error) {
 	if err := makeImage(ctx, dir, image); err != nil {
 		return nil, err
 	}
-	files, err := vm.Programs("mke2fs", "e2fsck", "resize2fs")
+	files, err := vm.Programs("mke2fs", "e2fsck", "resize2fs", "dmsetup")
 	if err != nil {
 		return nil, err
 	}
