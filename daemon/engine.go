@@ -185,7 +185,11 @@ func noSurvivors(run string) error {
 // newExporter makes what exports the pool's devices as nodes.
 func newExporter(kind string, o fuse.Options) (nodeExporter, error) {
 	if kind != engine.Kernel {
-		return fuse.New(o)
+		e, err := fuse.New(o)
+		if err != nil {
+			return nil, err // not a nil *fuse.Exporter, which would be no nil
+		}
+		return e, nil
 	}
 	e, err := dm.New(dm.Options{RunDir: o.RunDir, LinkDir: o.LinkDir, DetachWait: o.DetachWait, Logger: o.Logger})
 	if err != nil {
