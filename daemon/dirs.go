@@ -36,6 +36,9 @@ func ownDir(dir string, mode os.FileMode) error {
 		return err
 	}
 	err := os.Mkdir(dir, mode)
+	if err == nil {
+		err = os.Chmod(dir, mode) // whatever the umask
+	}
 	if err != nil && !errors.Is(err, os.ErrExist) {
 		return err
 	}

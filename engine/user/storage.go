@@ -284,7 +284,7 @@ func open(ctx context.Context, l Location, o Options) (*Pool, error) {
 		return nil, err
 	}
 	if pid := l.pidPath(); pid != "" && !o.ReadOnly {
-		if err := os.WriteFile(pid, []byte(strconv.Itoa(os.Getpid())+"\n"), 0o644); err != nil {
+		if err := os.WriteFile(pid, []byte(strconv.Itoa(os.Getpid())+"\n"), 0o600); err != nil {
 			o.Logger.Warn("could not note the pid beside the pool", "err", err)
 		}
 		p.onDone = func() { os.Remove(pid) }
