@@ -14,7 +14,7 @@ import (
 	"mica/daemon/api"
 	"mica/daemon/config"
 	"mica/engine/user"
-	"mica/export/fuse"
+	"mica/export"
 	"mica/export/holder"
 	"mica/layer"
 	"mica/lvm"
@@ -25,8 +25,8 @@ type Options struct {
 	Config     config.Config
 	ConfigFile string // that was read; empty: none
 	Version    string
-	// Exe starts this program in another role: Exe followed by "holder SOCKET", "helper" or
-	// "helper loop".
+	// Exe starts this program in another role: Exe followed by "holder SOCKET", "helper",
+	// "helper loop" or "helper exports".
 	Exe []string
 	Log *slog.Logger
 	// AcceptPool serves a pool and a catalog that are not of the same moment, because one of them
@@ -59,7 +59,7 @@ type daemon struct {
 	locks    []*os.File
 	volume   *lvm.Pool // under the pool, or nil
 	pool     *opened
-	exporter nodeExporter
+	exporter *export.Auto
 	nbd      *nbdServer
 	store    *layer.Store
 	backups  *backups
@@ -123,12 +123,9 @@ func (d *daemon) open(ctx context.Context) error {
 	d.hub = newHub(d.c.Limits.Events, time.Now)
 	d.ops = newOperations(d.c.Limits.Operations, d.hub)
 	helper := append(append([]string{}, d.o.Exe...), "helper")
-	if d.exporter, err = newExporter(st.Engine, fuse.Options{
-		RunDir: d.c.Run, LinkDir: d.c.Exports.LinkDir,
-		HolderSocket:  d.path(holderSocket),
-		HolderCommand: append(append([]string{}, d.o.Exe...), "holder", d.path(holderSocket)),
-		HelperCommand: append(helper[:len(helper):len(helper)], "loop"),
-		Logger:        d.log,
+	if d.exporter, err = newExporter(exportOptions{
+		kind: d.c.Exports.Kind, engine: st.Engine, run: d.c.Run, links: d.c.Exports.LinkDir,
+		holder: d.path(holderSocket), exe: d.o.Exe, log: d.log,
 	}); err != nil {
 		return err
 	}

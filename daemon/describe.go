@@ -51,6 +51,11 @@ func (d *daemon) describe(st *api.Status) {
 	st.MemoryBytes, st.MemoryLimitBytes = anonymousMemory(), d.memory
 	st.Exports = api.Exports{Kind: d.exporter.Kind(), NBDSocket: d.nbd.path, NBDAddress: d.nbd.address, IOFlusher: isIOFlusher(), HolderPID: peerPID(d.path(holderSocket))}
 	st.Exports.Resend, _ = d.exporter.Restartable()
+	for _, c := range d.exporter.Choices() {
+		if !c.Chosen {
+			st.Exports.NotChosen = append(st.Exports.NotChosen, api.ExportChoice{Kind: c.Kind, Why: c.Why})
+		}
+	}
 	st.Exports.HostNamespaces, _ = hostNamespaces()
 	st.Notes = d.notes()
 	if st.Store.ReadOnly != "" {

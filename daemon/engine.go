@@ -17,9 +17,6 @@ import (
 	"mica/engine"
 	"mica/engine/kernel"
 	"mica/engine/user"
-	"mica/export"
-	"mica/export/dm"
-	"mica/export/fuse"
 	"mica/thin"
 )
 
@@ -170,44 +167,6 @@ func kernelNoSpaceTimeout() (time.Duration, bool) {
 	n, err := strconv.Atoi(strings.TrimSpace(string(b)))
 	return time.Duration(n) * time.Second, err == nil
 }
-
-// noSurvivors refuses to start with the kernel engine while nodes of the user engine wait for a
-// daemon that goes on serving them.
-func noSurvivors(run string) error {
-	list, err := os.ReadDir(filepath.Join(run, "fuse"))
-	if err != nil || len(list) == 0 {
-		return nil // no such directory: never used
-	}
-	return fmt.Errorf("%d nodes that the user engine serves are still there (%s, ...): start with --engine user and detach them first",
-		len(list), filepath.Join(run, "fuse", list[0].Name()))
-}
-
-// newExporter makes what exports the pool's devices as nodes.
-func newExporter(kind string, o fuse.Options) (nodeExporter, error) {
-	if kind != engine.Kernel {
-		e, err := fuse.New(o)
-		if err != nil {
-			return nil, err // not a nil *fuse.Exporter, which would be no nil
-		}
-		return e, nil
-	}
-	e, err := dm.New(dm.Options{RunDir: o.RunDir, LinkDir: o.LinkDir, DetachWait: o.DetachWait, Logger: o.Logger})
-	if err != nil {
-		return nil, err
-	}
-	return kernelNodes{e}, nil
-}
-
-// A nodeExporter is an exporter that says whether the death of this process is only a pause.
-type nodeExporter interface {
-	export.Exporter
-	Restartable() (bool, string)
-}
-
-// kernelNodes go on without this process.
-type kernelNodes struct{ export.Exporter }
-
-func (kernelNodes) Restartable() (bool, string) { return true, "" }
 
 // checkView checks the metadata as a view shows it. Of a metadata snapshot the trees are looked
 // at, and no counts are compared.

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"maps"
 	"os"
 	"os/signal"
 	"syscall"
@@ -9,7 +10,10 @@ import (
 
 	"mica/daemon"
 	"mica/export/fuse"
+	exporthelper "mica/export/helper"
 	"mica/export/holder"
+	"mica/export/nbdkernel"
+	"mica/export/ublk"
 	"mica/layer/helper"
 )
 
@@ -32,14 +36,20 @@ func newHolderCmd() *cobra.Command {
 
 func newHelperCmd() *cobra.Command {
 	return &cobra.Command{
-		Use:    "helper [loop]",
+		Use:    "helper [loop|exports]",
 		Short:  "Do work for the daemon that may wait for its devices",
 		Hidden: true,
 		Args:   cobra.MatchAll(cobra.MaximumNArgs(1), cobra.OnlyValidArgs),
 
-		ValidArgs: []string{"loop"},
+		ValidArgs: []string{"loop", "exports"},
 		RunE: func(cmd *cobra.Command, args []string) error {
 			daemon.SetName("mica-helper")
+			if len(args) == 1 && args[0] == "exports" {
+				calls, known := maps.Clone(ublk.Calls), maps.Clone(ublk.Errors)
+				maps.Copy(calls, nbdkernel.Calls)
+				maps.Copy(known, nbdkernel.Errors)
+				return exporthelper.Run(cmd.Context(), cmd.InOrStdin(), cmd.OutOrStdout(), calls, known)
+			}
 			if len(args) == 1 {
 				return fuse.RunHelper(cmd.Context(), cmd.InOrStdin(), cmd.OutOrStdout())
 			}

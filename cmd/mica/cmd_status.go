@@ -148,7 +148,10 @@ func printStatus(w io.Writer, st api.Status) {
 
 	fmt.Fprintln(w, "Exports:")
 	line("Kind", "%s", x.Kind)
-	line("FUSE Resend", "%s", yes(x.Resend))
+	for _, c := range x.NotChosen {
+		line("Not "+c.Kind, "%s", c.Why)
+	}
+	line("Restartable", "%s", yes(x.Resend))
 	holder := "none"
 	if x.HolderPID != 0 {
 		holder = fmt.Sprintf("process %d", x.HolderPID)

@@ -152,9 +152,17 @@ type Store struct {
 	Attachments []AttachmentOf `json:"attachments,omitempty"`
 }
 
+// ExportChoice is a way to export devices that was not chosen.
+type ExportChoice struct {
+	Kind string `json:"kind"`
+	Why  string `json:"why"`
+}
+
 // Exports says how devices are exported on this host.
 type Exports struct {
-	Kind string `json:"kind"` // "fuse"
+	Kind string `json:"kind"` // how nodes are made now: "dm", "ublk", "nbd" or "fuse"
+	// NotChosen are the other ways, the better ones first, with the reason against each.
+	NotChosen []ExportChoice `json:"not_chosen,omitempty"`
 	// Resend: an attachment survives the death of the daemon without an I/O error.
 	Resend bool `json:"resend"`
 	// HolderPID is the process that keeps the descriptors meanwhile, 0 if there is none.

@@ -136,6 +136,7 @@ type Images struct {
 
 // Exports says how devices are exported.
 type Exports struct {
+	Kind    string `toml:"kind" doc:"How nodes of the user engine's devices are made: ublk, nbd (the kernel's NBD client), fuse (FUSE and a loop device), or auto, the first of these that the host can run. What is attached when this changes stays as it is. Devices of the kernel engine have nodes of their own."`
 	LinkDir string `toml:"link_dir" doc:"Directory of the links to the nodes of containers."`
 }
 
@@ -227,7 +228,7 @@ func Default() Config {
 		Backup:     Backup{Interval: Duration(time.Hour), Keep: 48},
 		Containers: Containers{BaseSize: 10 << 30, FileSystem: "ext4", Discard: true},
 		Images:     Images{MaxArchive: 1 << 40, MaxLayer: 1 << 40, MaxEntries: 8 << 20, MaxRatio: 10_000, MaxName: 4095, MaxXattrs: 256 << 10},
-		Exports:    Exports{LinkDir: "/dev/mica"},
+		Exports:    Exports{Kind: "auto", LinkDir: "/dev/mica"},
 		Containerd: Containerd{Enabled: true, Address: "/run/containerd/containerd.sock", ShareLayers: true},
 		Limits: Limits{
 			TableCache: 128 << 20, MetadataCache: 32 << 20,
@@ -329,8 +330,15 @@ func (c *Config) Validate() error {
 	if !slices.Contains([]string{"ext4", "xfs"}, c.Containers.FileSystem) {
 		return bad("containers.file_system", "%q is neither ext4 nor xfs", c.Containers.FileSystem)
 	}
-	if c.Containers.BaseSize < 16<<20 {
-		return bad("containers.base_size", "%s is less than 16M", c.Containers.BaseSize)
+	least := Size(16 << 20)
+	if c.Containers.FileSystem == "xfs" {
+		least = 300 << 20 // mkfs.xfs makes none that is smaller
+	}
+	if !slices.Contains([]string{"auto", "ublk", "nbd", "fuse"}, c.Exports.Kind) {
+		return bad("exports.kind", "%q is none of auto, ublk, nbd, fuse", c.Exports.Kind)
+	}
+	if c.Containers.BaseSize < least {
+		return bad("containers.base_size", "%s is less than %s, the least for %s", c.Containers.BaseSize, least, c.Containers.FileSystem)
 	}
 	options := map[string][]string{"containers.mount_options": c.Containers.MountOptions, "containerd.mount_options": c.Containerd.MountOptions}
 	for name, sn := range c.Containerd.Snapshotters {
