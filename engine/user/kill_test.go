@@ -206,6 +206,7 @@ func checkFile(t *testing.T, path string) {
 // TestKilledWriters kills processes that write, zero, discard, snapshot and delete, at any moment.
 // Every acknowledged write is there afterwards, flushed or not.
 func TestKilledWriters(t *testing.T) {
+	t.Parallel()
 	k := newKillBox(t)
 	taken := 0
 	for i := range *kills {
@@ -226,6 +227,7 @@ func TestKilledWriters(t *testing.T) {
 
 // TestKilledAtSteps kills at every step of a commit, and at every step of taking over a journal.
 func TestKilledAtSteps(t *testing.T) {
+	t.Parallel()
 	k := newKillBox(t)
 	for _, step := range []string{"switched", "written", "expected", "superblock", "committed"} {
 		for _, count := range []int{1, 5} {

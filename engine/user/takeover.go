@@ -11,6 +11,9 @@ import (
 	"mica/thin"
 )
 
+// A run of mappings lies in one leaf, so one entry of the journal holds it.
+var _ [journal.GroupBlocks]struct{} = [leafBlocks]struct{}{}
+
 // taken is what became of the journals that an earlier opener of the pool has left.
 type taken struct {
 	entries uint64 // changes, or runs of them, that were taken, or that wait in a pool opened read-only

@@ -126,6 +126,7 @@ const blk = 64 << 10
 // TestTakeOver goes through what the journal has to know: each kind of change, the counts of
 // devices, the blocks that are in use, and what is done by the next opener on top of it.
 func TestTakeOver(t *testing.T) {
+	t.Parallel()
 	d := newDying(t, Options{})
 	for id := range thin.DevID(3) {
 		must(t, d.p.CreateThin(ctx, id+1))
@@ -401,6 +402,7 @@ func TestFailedPoolIsNotTakenOver(t *testing.T) {
 // TestTakeOverFails: whatever fails while a journal is taken over, nothing is lost: the next opener
 // does it again. But after a failed sync of the data nobody does.
 func TestTakeOverFails(t *testing.T) {
+	t.Parallel()
 	prepare := func(t *testing.T) *dyingPool {
 		d := newDying(t, Options{})
 		must(t, d.p.CreateThin(ctx, 1))
@@ -465,6 +467,7 @@ func TestTakeOverFails(t *testing.T) {
 
 // TestGrowthUnderWay: a write to blocks that a growth has added is acknowledged before the growth is.
 func TestGrowthUnderWay(t *testing.T) {
+	t.Parallel()
 	d := newDying(t, Options{ErrorIfNoSpace: true})
 	d.size = 128 << 20
 	must(t, d.p.CreateThin(ctx, 1))
@@ -547,6 +550,7 @@ func TestContradiction(t *testing.T) {
 
 // TestTinyJournal: with 64 slots writers wait for commits all the time, and nothing is lost.
 func TestTinyJournal(t *testing.T) {
+	t.Parallel()
 	d := newDying(t, Options{JournalBytes: 4*4096 + 8*32})
 	const workers = 8
 	var devs [workers]*Thin
