@@ -20,7 +20,7 @@ var ErrFound = errors.New("there is something on the device")
 // tool is there, only a device whose first and last MiB are zeros passes.
 func Check(ctx context.Context, path string) error {
 	if tool, err := exec.LookPath("wipefs"); err == nil {
-		out, err := exec.CommandContext(ctx, tool, "--no-act", "--noheadings", "--output", "TYPE,OFFSET", path).CombinedOutput()
+		out, err := exec.CommandContext(ctx, tool, "--no-act", "--noheadings", "--output", "TYPE,OFFSET", "--", path).CombinedOutput()
 		if err != nil {
 			return fmt.Errorf("look for signatures on %s: %w: %s", path, err, strings.TrimSpace(string(out)))
 		}
@@ -30,7 +30,7 @@ func Check(ctx context.Context, path string) error {
 		return nil
 	}
 	if tool, err := exec.LookPath("blkid"); err == nil {
-		out, err := exec.CommandContext(ctx, tool, "--probe", "--output", "value", "--match-tag", "TYPE", path).Output()
+		out, err := exec.CommandContext(ctx, tool, "--probe", "--output", "value", "--match-tag", "TYPE", "--", path).Output()
 		var ee *exec.ExitError
 		switch {
 		case err == nil:
