@@ -2,7 +2,6 @@ package ondisk
 
 import (
 	"encoding/binary"
-	"errors"
 	"fmt"
 	"io"
 
@@ -29,28 +28,10 @@ import (
 //	212     4     features that a kernel must know to mount it for writing
 //	216     4     features that a kernel must know to mount it
 //
-// The log is a ring of records, each of which begins at a 512-byte sector with a header. No other
-// sector can begin with the header's magic: the first four bytes of every other one are replaced by
-// the number of the log's round.
-//
-//	0       4     magic      0xfeedbabe
-//	8       4     version    1 or 2
-//	16      8     lsn        round << 32 | sector: the newest record has the highest
-//	40      4     num_ops
-//	320     4     size       of the buffer that it was written from, bytes; the header has one sector for
-//	                         each 32 KiB of it (version 2)
-//
-// An operation's header is behind that, its flags in byte 9. An unmount writes a record of one operation
-// with flag 0x20; if that is the newest record, there is nothing to replay.
-//
-// Source: "XFS Algorithms & Data Structures", chapters on superblocks and on the journaling log.
+// Source: "XFS Algorithms & Data Structures", chapter on superblocks.
 const (
-	xfsSuper     = 0x58465342
-	xfsRecord    = 0xfeedbabe
-	xfsSector    = 512
-	xfsUnmounted = 0x20
-	xfsHeaderFor = 32 << 10 // bytes of a record for which its header has one sector
-	xfsMaxLog    = 2 << 30
+	xfsSuper  = 0x58465342
+	xfsSector = 512
 )
 
 // xfsSuperblock is what is read of it. Blocks are those of the file system.
@@ -111,14 +92,13 @@ func CheckXFS(r io.ReaderAt) error {
 	return nil
 }
 
-// xfsClean tells whether an XFS file system can be mounted without its log. It reads what of the log is
-// allocated.
+// xfsClean tells whether an XFS file system can be mounted without its log.
 func xfsClean(d dev.Device) (bool, error) {
 	s, err := readXFSSuper(d)
 	if err != nil {
 		return false, err
 	}
-	be, length := binary.BigEndian, s.logBytes
+	length := s.logBytes
 	if s.logStart == 0 || length <= 0 || length > xfsMaxLog {
 		return false, fmt.Errorf("XFS log at block %d of %d bytes: %w", s.logStart, length, unix.EUCLEAN)
 	}
@@ -126,63 +106,5 @@ func xfsClean(d dev.Device) (bool, error) {
 	if err := dev.CheckRange(at, length, d.Size()); err != nil {
 		return false, fmt.Errorf("XFS log: %w: %w", unix.EUCLEAN, err)
 	}
-	newest, newestAt := uint64(0), int64(-1)
-	err = eachAllocated(d, at, length, func(p []byte, off int64) {
-		for i := 0; i+xfsSector <= len(p); i += xfsSector {
-			if be.Uint32(p[i:]) != xfsRecord {
-				continue
-			}
-			if lsn := be.Uint64(p[i+16:]); lsn >= newest {
-				newest, newestAt = lsn, off+int64(i)
-			}
-		}
-	})
-	if err != nil || newestAt < 0 {
-		return false, err
-	}
-	rec := make([]byte, xfsSector)
-	if _, err := d.ReadAt(rec, newestAt); err != nil {
-		return false, err
-	}
-	if be.Uint32(rec[40:]) != 1 {
-		return false, nil
-	}
-	sectors := int64(1)
-	if size := int64(be.Uint32(rec[320:])); be.Uint32(rec[8:])&2 != 0 && size > xfsHeaderFor {
-		sectors = (size + xfsHeaderFor - 1) / xfsHeaderFor
-	}
-	op := at + (newestAt-at+sectors*xfsSector)%length // the log is a ring
-	if _, err := d.ReadAt(rec[:16], op); err != nil {
-		return false, err
-	}
-	return rec[9]&xfsUnmounted != 0, nil
-}
-
-// eachAllocated calls fn with the contents of what is allocated in a range, in pieces.
-func eachAllocated(d dev.Device, off, n int64, fn func(p []byte, off int64)) error {
-	buf := make([]byte, 1<<20)
-	ext, _ := d.(dev.Extenter)
-	for end := off + n; off < end; {
-		step := min(int64(len(buf)), end-off)
-		if ext != nil {
-			list, err := ext.Extents(off, end-off)
-			if err != nil {
-				return err
-			}
-			if len(list) > 0 && list[0].Off <= off {
-				left := list[0].Off + list[0].Len - off
-				if list[0].Hole || list[0].Zero {
-					off += left
-					continue
-				}
-				step = min(step, left)
-			}
-		}
-		if _, err := d.ReadAt(buf[:step], off); err != nil && !errors.Is(err, io.EOF) {
-			return err
-		}
-		fn(buf[:step], off)
-		off += step
-	}
-	return nil
+	return xfsLog{d, at, length}.clean()
 }
