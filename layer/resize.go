@@ -50,10 +50,7 @@ func (s *Store) Resize(ctx context.Context, name string, sizeBytes int64) (Conta
 		defer cancel()
 		err = fmt.Errorf("resize container %q to %d bytes: %w", name, sizeBytes, err)
 		if l := s.liveOf(c.body.ID); l != nil {
-			err = errors.Join(err, l.t.Resize(old))
-			if l.a != nil {
-				err = errors.Join(err, l.a.Resize(cctx))
-			}
+			err = errors.Join(err, l.t.Resize(old)) // its node stays as it is: nodes do not shrink
 		}
 		if _, serr := set(cctx, old); serr != nil {
 			err = errors.Join(err, serr)

@@ -89,8 +89,11 @@ func change(t *testing.T, rng *rand.Rand, root string, n int) {
 // devices, attributes, hard links, setuid files, times with nanoseconds) shows, imported and
 // mounted, the tree that umoci unpacks; so does what is left after every one of its layers was
 // imported as the top of an image of its own.
-func TestSameTreesAsUmoci(t *testing.T) {
+func TestSameTreesAsUmoci(t *testing.T) { eachFS(t, testSameTreesAsUmoci) }
+
+func testSameTreesAsUmoci(t *testing.T, fs string) {
 	b := newBox(t, "umoci")
+	b.fileSystem(fs)
 	seed := time.Now().UnixNano()
 	t.Logf("seed %d", seed)
 	rng := rand.New(rand.NewSource(seed))
