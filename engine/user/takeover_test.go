@@ -2,8 +2,10 @@ package user
 
 import (
 	"bytes"
+	"encoding/binary"
 	"errors"
 	"fmt"
+	"hash/crc32"
 	"os"
 	"path/filepath"
 	"slices"
@@ -321,7 +323,10 @@ func TestOtherJournals(t *testing.T) {
 		refused error
 		problem string
 	}{
-		{"another boot", func(b []byte) { b[30]++ }, nil, "damaged"}, // the checksum tells first
+		{"another boot", func(b []byte) {
+			b[30]++ // of the boot id, and the checksum of the header
+			binary.NativeEndian.PutUint32(b[12:], crc32.Checksum(b[16:4096], crc32.MakeTable(crc32.Castagnoli)))
+		}, nil, "another boot"},
 		{"damaged", func(b []byte) { clear(b[:4096]) }, nil, "damaged"},
 		{"a newer version", func(b []byte) { b[8]++ }, journal.ErrVersion, "newer"},
 	} {
@@ -774,6 +779,40 @@ func TestFormatDiscards(t *testing.T) {
 		t.Errorf("device %+v, %v", i, err)
 	}
 	must(t, v.Close())
+}
+
+// TestBlockDevicesTakenOver: a pool on block devices is known by the number of its metadata device,
+// under whatever name it is opened.
+func TestBlockDevicesTakenOver(t *testing.T) {
+	l := Location{Data: loop(t, 64<<20), Metadata: loop(t, 4<<20)}
+	must(t, Format(ctx, l, FormatOptions{}))
+	o := Options{Logger: quiet, CommitInterval: time.Hour}
+	p, err := Open(ctx, l, o)
+	must(t, err)
+	must(t, p.CreateThin(ctx, 1))
+	d := &dyingPool{t: t, l: l, p: p, size: 32 << 20}
+	write(t, d.thin(1), fill(1, 3*blk), 5*blk)
+	if name := filepath.Base(p.journal.Path()); !strings.HasPrefix(name, "block-7-") {
+		t.Errorf("the journal is named %s", name)
+	}
+	d.die()
+	other := filepath.Join(shm(t), "another-name")
+	must(t, os.Symlink(l.Metadata, other))
+	l.Metadata = other
+	if w, err := JournalWaiting(l); err != nil || w == nil || w.Entries != 1 {
+		t.Errorf("waiting: %+v, %v", w, err)
+	}
+	p, err = Open(ctx, l, o)
+	must(t, err)
+	h, err := p.Open(ctx, 1, engine.OpenOptions{SizeBytes: 32 << 20})
+	must(t, err)
+	wantBytes(t, h, 1, 3*blk, 5*blk)
+	wantBytes(t, h, 0, 5*blk, 0)
+	must(t, h.Close())
+	must(t, p.Close())
+	if w, err := JournalWaiting(l); err != nil || w != nil {
+		t.Errorf("waiting after a clean close: %+v, %v", w, err)
+	}
 }
 
 // BenchmarkFirstWrite is the cost of the journal: the first write to each block, with one and
