@@ -25,7 +25,7 @@ import (
 func (m *Metadata) CanAdmit(n int, reserve bool) bool {
 	m.mu.RLock()
 	defer m.mu.RUnlock()
-	if !m.fitsLocked(m.changesCostLocked(uint64(n), m.meta.Shared() > 0), reserve) {
+	if !m.fitsLocked(m.changesCostLocked(uint64(n), m.meta.Shared() > 0), discardIf(reserve)) {
 		return false
 	}
 	m.promised.Store(int64(n))
@@ -37,10 +37,32 @@ func (m *Metadata) redeemLocked(n int) {
 	m.promised.Store(max(0, m.promised.Load()-int64(n)))
 }
 
-func (m *Metadata) fitsLocked(need uint64, reserve bool) bool {
+// A level says how much of the metadata blocks that are free an operation may use.
+type level int
+
+const (
+	levelAny     level = iota // not what deletes and discards need
+	levelDiscard              // not what deletes need
+	levelDelete               // all
+)
+
+func discardIf(reserve bool) level {
+	if reserve {
+		return levelDiscard
+	}
+	return levelAny
+}
+
+func (m *Metadata) fitsLocked(need uint64, l level) bool {
 	free := m.meta.Free()
-	if !reserve {
-		free -= min(free, m.reserveLocked())
+	if free < need {
+		return false
+	}
+	switch l {
+	case levelAny:
+		need += m.reserveLocked()
+	case levelDiscard:
+		need += m.deleteReserveLocked()
 	}
 	return free >= need
 }
@@ -51,7 +73,7 @@ func (m *Metadata) fitsLocked(need uint64, reserve bool) bool {
 func (m *Metadata) admitLocked(what string, extra uint64, sharing, reserve bool) error {
 	n := uint64(m.promised.Load()) + 1
 	need := m.changesCostLocked(n, sharing || m.meta.Shared() > 0) + extra
-	if m.fitsLocked(need, reserve) {
+	if m.fitsLocked(need, discardIf(reserve)) {
 		return nil
 	}
 	return fmt.Errorf("%s: %d metadata blocks free, up to %d needed: %w", what, m.meta.Free(), need, ErrNoMetaSpace)
@@ -88,16 +110,25 @@ func (m *Metadata) changesCostLocked(n uint64, sharing bool) uint64 {
 }
 
 // deleteCostLocked bounds the metadata blocks that a step of DeleteStep with so many leaves and
-// the commit need, beside what is promised. Counts of data blocks only go down.
+// the commit need, beside what is promised. Counts of data blocks only go down; with budget 0 none
+// does.
 func (m *Metadata) deleteCostLocked(budget int) uint64 {
-	devs, levels := uint64(len(m.devs)), btree.Levels(m.mapped, leafMin)
-	path := btree.MaxNew(devs, 1, 8) + btree.MaxNew(devs, 1, detailsSize) + 2*levels + 2
-	counts := uint64(budget+1) * leafEntries
-	cost := path + m.data.LowerCost(counts) + m.meta.Cost((path+1)*leafEntries, counts)
+	cost := m.deleteCostOf(budget)
 	if n := uint64(m.promised.Load()); n > 0 {
 		cost += m.changesCostLocked(n, m.meta.Shared() > 0)
 	}
 	return cost
+}
+
+// deleteCostOf is that without what is promised.
+func (m *Metadata) deleteCostOf(budget int) uint64 {
+	devs, levels := uint64(len(m.devs)), btree.Levels(m.mapped, leafMin)
+	path := btree.MaxNew(devs, 1, 8) + btree.MaxNew(devs, 1, detailsSize) + 2*levels + 2
+	counts := uint64(0)
+	if budget > 0 {
+		counts = uint64(budget+1) * leafEntries
+	}
+	return path + m.data.LowerCost(counts) + m.meta.Cost((path+1)*leafEntries, counts)
 }
 
 // releaseCostLocked bounds what releasing the metadata snapshot and the commit need.

@@ -187,7 +187,7 @@ func (m *Metadata) ReserveMetadataSnap() error {
 	if m.changed {
 		return fmt.Errorf("reserve metadata snapshot: there are uncommitted changes")
 	}
-	if err := m.admitLocked("reserve metadata snapshot", 1, true, true); err != nil {
+	if err := m.admitLocked("reserve metadata snapshot", 1, true, false); err != nil {
 		return err
 	}
 	m.changed = true
@@ -224,7 +224,7 @@ func (m *Metadata) ReleaseMetadataSnap() error {
 		return fmt.Errorf("release metadata snapshot: %w", err)
 	}
 	cp := DecodeSuperblock(buf)
-	if need := m.releaseCostLocked(); !m.fitsLocked(need, true) {
+	if need := m.releaseCostLocked(); !m.fitsLocked(need, levelDelete) {
 		return fmt.Errorf("release metadata snapshot: %d metadata blocks free, up to %d needed: %w", m.meta.Free(), need, ErrNoMetaSpace)
 	}
 	m.changed = true

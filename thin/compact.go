@@ -106,7 +106,7 @@ func (c *Compaction) Step(leaves int) (done bool, err error) {
 		}
 	}
 	d := c.d
-	for !m.fitsLocked(m.rewriteCostLocked(leaves), false) {
+	for !m.fitsLocked(m.rewriteCostLocked(leaves), levelAny) {
 		if leaves /= 4; leaves == 0 {
 			return false, fmt.Errorf("compact the pool's time: %d metadata blocks free, up to %d needed: %w", m.meta.Free(), m.rewriteCostLocked(1), ErrNoMetaSpace)
 		}

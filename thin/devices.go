@@ -119,8 +119,8 @@ func (m *Metadata) CreateSnap(id, origin DevID) error {
 const deleteLeaves = 128
 
 // DeleteStep removes a bounded part of a device: all of it if few nodes of its tree are its own,
-// else the end of it, less when metadata blocks are short. Until done is true the device is there with fewer mappings, and every state in
-// between may be committed.
+// else the end of it, less when metadata blocks are short. Until done is true the device is there
+// with fewer mappings, and every state in between may be committed.
 func (m *Metadata) DeleteStep(id DevID) (done bool, err error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -132,11 +132,41 @@ func (m *Metadata) DeleteStep(id DevID) (done bool, err error) {
 		return false, fmt.Errorf("delete: %w", err)
 	}
 	budget := deleteLeaves
-	for !m.fitsLocked(m.deleteCostLocked(budget), true) {
+	if m.tm.Count(d.root) > 1 {
+		budget = 0 // the tree loses a reference, and nothing in it
+	}
+	for !m.fitsLocked(m.deleteCostLocked(budget), levelDelete) {
 		if budget /= 4; budget == 0 {
 			return false, fmt.Errorf("delete thin %d: %d metadata blocks free: %w", id, m.meta.Free(), ErrNoMetaSpace)
 		}
 	}
+	return m.deleteLocked(id, d, max(budget, 1))
+}
+
+// UndoSnap takes back a snapshot that was made in the open transaction and has not been written to
+// since. It is not refused for want of metadata blocks: the nodes that it changes are those that the
+// snapshot has changed.
+func (m *Metadata) UndoSnap(id DevID) error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if err := m.writableLocked(); err != nil {
+		return err
+	}
+	d, err := m.deviceLocked(id)
+	if err == nil && m.tm.Count(d.root) < 2 {
+		err = fmt.Errorf("its tree is its own")
+	}
+	if err == nil {
+		_, err = m.deleteLocked(id, d, 1)
+	}
+	if err != nil {
+		return fmt.Errorf("undo snapshot %d: %w", id, err)
+	}
+	return nil
+}
+
+// deleteLocked is a step of a delete of so many leaves that has been admitted.
+func (m *Metadata) deleteLocked(id DevID, d *device, budget int) (done bool, err error) {
 	m.changed = true
 	if m.sb.MappingRoot, err = m.top.Touch(m.sb.MappingRoot, uint64(id)); err != nil {
 		return false, m.failLocked(fmt.Errorf("delete thin %d: %w", id, err))

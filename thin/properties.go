@@ -111,7 +111,21 @@ func (m *Metadata) Space() Space {
 	return Space{m.meta.Len(), m.meta.Free(), m.meta.Used(), m.reserveLocked(), d.Total, d.Mapped, d.Reserved, d.Frozen}
 }
 
-func (m *Metadata) reserveLocked() uint64 { return min(4096, m.meta.Len()/10) }
+// reserveLocked is what only deletes and discards may use: a tenth, as in the kernel, or what the
+// smallest delete can cost now, if that is more. That is so in small pools in which much is shared:
+// one leaf that is taken apart may change the counts of 252 data blocks, all in different nodes. A
+// discard may cost what a write may, so what the last write that was admitted has really cost, some
+// nodes of its path, is kept back for the next discard.
+func (m *Metadata) reserveLocked() uint64 {
+	return max(min(4096, m.meta.Len()/10), m.deleteReserveLocked()+12)
+}
+
+// deleteReserveLocked is what only deletes may use. A discard in a leaf that a snapshot shares makes
+// the metadata larger, and must not take what the delete of that snapshot needs.
+func (m *Metadata) deleteReserveLocked() uint64 {
+	least := m.deleteCostOf(1)
+	return least + least/8 + 4
+}
 
 // GrowData makes the pool use blocks data blocks. Shrinking is refused.
 func (m *Metadata) GrowData(blocks uint64) error {

@@ -70,28 +70,25 @@ func (p *Pool) Delete(ctx context.Context, id thin.DevID) error {
 		delete(p.deleting, id)
 		p.mu.Unlock()
 	}()
-	tight := false
 	for step := 1; ; step++ {
 		if err := p.writable(); err != nil {
 			return fmt.Errorf("%s: %w", what, err)
 		}
-		p.applyMu.Lock()
-		done, err := p.meta.DeleteStep(id)
-		p.applyMu.Unlock()
+		done, err := p.deleteStep(id)
+		if errors.Is(err, thin.ErrNoMetaSpace) && p.failed() == nil {
+			err = p.tightly(func() (err error) {
+				done, err = p.deleteStep(id)
+				return err
+			})
+		}
 		switch {
-		case errors.Is(err, thin.ErrNoMetaSpace) && p.meta.Failed() == nil && !tight:
-			tight = true // a commit may free metadata blocks
-		case err != nil && p.meta.Failed() != nil:
-			return p.fail(err)
 		case err != nil:
 			return err
 		case done:
 			return p.commitNow()
-		default:
-			tight = false
 		}
 		p.wakeCommitLoop()
-		if tight || step%deleteSteps == 0 {
+		if step%deleteSteps == 0 {
 			if err := p.commitNow(); err != nil {
 				return err
 			}
@@ -100,6 +97,16 @@ func (p *Pool) Delete(ctx context.Context, id thin.DevID) error {
 			return errors.Join(fmt.Errorf("%s: interrupted, it has lost some of its blocks: %w", what, err), p.commitNow())
 		}
 	}
+}
+
+// deleteStep does one step in the open transaction.
+func (p *Pool) deleteStep(id thin.DevID) (done bool, err error) {
+	p.applyMu.Lock()
+	defer p.applyMu.Unlock()
+	if done, err = p.meta.DeleteStep(id); err != nil && p.meta.Failed() != nil {
+		return false, p.fail(err)
+	}
+	return done, err
 }
 
 // beginDelete marks a device so that nobody opens or snapshots it.

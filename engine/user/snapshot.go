@@ -128,13 +128,10 @@ func (p *Pool) snapshotLocked(pairs []engine.SnapPair, frozen []*device, then fu
 		if err == nil {
 			continue
 		}
-		// All or none. The trees of the new devices are shared, so each goes in one step.
+		// All or none.
 		for _, u := range pairs[:i] {
-			for done := false; !done; {
-				var derr error
-				if done, derr = p.meta.DeleteStep(u.ID); derr != nil {
-					return p.fail(fmt.Errorf("%w; undo of snapshot %d: %w", err, u.ID, derr))
-				}
+			if uerr := p.meta.UndoSnap(u.ID); uerr != nil {
+				return p.fail(fmt.Errorf("%w; %w", err, uerr))
 			}
 		}
 		p.refreshSnapTimes(frozen)

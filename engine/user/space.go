@@ -22,6 +22,7 @@ var (
 	errWantHost    = errors.New("no space on the host")
 	errWantPending = errors.New("too many pending mappings")
 	errWantJournal = errors.New("no room in the journal")
+	errWantTurn    = errors.New("a delete or a discard needs the last metadata blocks")
 )
 
 // space is the out-of-data-space state of a pool:
@@ -44,6 +45,9 @@ type space struct {
 	expired bool // the timeout has passed
 	waiting int
 	low     bool // the low water event has been sent
+
+	tight    sync.RWMutex // held while a delete or a discard has all of the metadata; see tightly
+	tightNow atomic.Int32 // it is held, or waited for
 }
 
 func (s *space) init() { s.changed = make(chan struct{}) }
@@ -136,9 +140,11 @@ func (p *Pool) waitFor(t *Thin, why error, seq uint64, noWait bool) error {
 	case errors.Is(why, errWantPending), errors.Is(why, errWantJournal):
 		return p.commitNow()
 	case errors.Is(why, errWantMeta):
-		return p.waitMeta(false)
-	case errors.Is(why, errWantReserve):
-		return p.waitMeta(true)
+		return p.waitMeta()
+	case errors.Is(why, errWantTurn):
+		p.space.tight.RLock() // until it is done
+		p.space.tight.RUnlock()
+		return p.failed()
 	case errors.Is(why, errWantData):
 		return p.waitData(t, nil, seq, noWait)
 	}
@@ -146,22 +152,61 @@ func (p *Pool) waitFor(t *Thin, why error, seq uint64, noWait bool) error {
 }
 
 // waitMeta commits once, which may free metadata blocks, and fails if that did not help.
-func (p *Pool) waitMeta(reserve bool) error {
+func (p *Pool) waitMeta() error {
 	if p.uncommitted() {
 		if err := p.commitNow(); err != nil {
 			return err
 		}
 	}
-	if p.meta.CanAdmit(int(p.pending.Load())+1, reserve) {
+	if p.meta.CanAdmit(int(p.pending.Load())+1, false) {
 		return nil
 	}
-	sp := p.meta.Space()
-	err := fmt.Errorf("%w (%d of %d metadata blocks free, %d of them kept for deletes): %w",
-		thin.ErrNoMetaSpace, sp.MetaFree, sp.MetaTotal, min(sp.MetaFree, sp.MetaReserve), dev.ErrNoSpace)
+	err := p.noMetaError()
+	p.noMetaSpace(err)
+	return err
+}
+
+// noMetaSpace is called when something was refused for want of metadata blocks.
+func (p *Pool) noMetaSpace(err error) {
 	if !p.noMeta.Swap(true) {
 		p.events.send(engine.Event{Kind: engine.EventMode, Detail: "ro: " + err.Error()})
 	}
-	return err
+}
+
+func (p *Pool) noMetaError() error {
+	sp := p.meta.Space()
+	return fmt.Errorf("%w (%d of %d metadata blocks free, %d of them kept for deletes): %w",
+		thin.ErrNoMetaSpace, sp.MetaFree, sp.MetaTotal, min(sp.MetaFree, sp.MetaReserve), dev.ErrNoSpace)
+}
+
+// tightTries bounds how often tightly tries, a millisecond apart, while changes that were admitted
+// before are still on their way.
+const tightTries = 2000
+
+// tightly does what gives space back and found too few metadata blocks for it: nobody else is
+// admitted meanwhile, and what was admitted before is committed first, so that all that is free and
+// kept back can be had. do returns thin.ErrNoMetaSpace if it needs more. The caller holds no token.
+func (p *Pool) tightly(do func() error) error {
+	p.space.tight.Lock()
+	defer p.space.tight.Unlock()
+	p.space.tightNow.Add(1)
+	defer p.space.tightNow.Add(-1)
+	for try := 0; ; try++ {
+		if err := p.commitNow(); err != nil {
+			return err
+		}
+		alone := p.pending.Load() == 0
+		if alone {
+			p.meta.CanAdmit(0, true) // nothing is promised to anybody
+		}
+		err := do()
+		if !errors.Is(err, thin.ErrNoMetaSpace) || alone && try > 0 || try == tightTries || p.failed() != nil {
+			return err
+		}
+		if !alone {
+			time.Sleep(time.Millisecond)
+		}
+	}
 }
 
 // mayFree reports whether a commit could make data blocks free.
@@ -268,6 +313,9 @@ func (p *Pool) admit(n int, reserve bool) error {
 	}
 	if p.journal != nil && p.journal.Full() {
 		return errWantJournal
+	}
+	if !reserve && p.space.tightNow.Load() > 0 {
+		return errWantTurn
 	}
 	total := p.pending.Add(int64(n))
 	if int(total) > 2*p.opts.MaxPending+n {

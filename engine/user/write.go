@@ -82,6 +82,11 @@ func (t *Thin) write(s payload, off int64, do step, noWait bool) (done int64, er
 			done += n
 		}
 		t.d.w.exit(token)
+		if errors.Is(err, errWantReserve) {
+			var n int64
+			n, err = t.tightStep(s.part(done, s.n), off+done, do)
+			done += n
+		}
 		if err == nil {
 			continue
 		}
@@ -98,8 +103,27 @@ func (t *Thin) write(s payload, off int64, do step, noWait bool) (done int64, er
 	return done, nil
 }
 
+// tightStep is one step of a discard for which metadata is too short.
+func (t *Thin) tightStep(s payload, off int64, do step) (n int64, err error) {
+	err = t.p.tightly(func() error {
+		token, err := t.enterWrite()
+		if err != nil {
+			return err
+		}
+		defer t.d.w.exit(token)
+		if n, err = do(s, off); errors.Is(err, errWantReserve) && n == 0 {
+			return t.p.noMetaError()
+		}
+		if errors.Is(err, errWantReserve) {
+			return nil // some of it is done
+		}
+		return err
+	})
+	return n, err
+}
+
 func mustWait(err error) bool {
-	for _, w := range []error{errWantData, errWantMeta, errWantReserve, errWantHost, errWantPending, errWantJournal} {
+	for _, w := range []error{errWantData, errWantMeta, errWantHost, errWantPending, errWantTurn, errWantJournal} {
 		if errors.Is(err, w) {
 			return true
 		}

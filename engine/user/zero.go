@@ -1,12 +1,15 @@
 package user
 
 import (
+	"errors"
+
 	"mica/dev"
 	"mica/thin"
 )
 
 // Discard unmaps the blocks that lie wholly in the range; they read as zeros or as the external
-// origin. The rest of the range keeps its contents.
+// origin. The rest of the range keeps its contents, and so does what a snapshot shares and there are
+// too few metadata blocks to take apart: a discard is a hint, and the kernel's pool does the same.
 func (t *Thin) Discard(off, n int64) error {
 	if err := t.checkChange(off, n); err != nil {
 		return t.wrap("discard", err)
@@ -15,7 +18,12 @@ func (t *Thin) Discard(off, n int64) error {
 	if begin >= end {
 		return nil
 	}
-	if _, err := t.write(payload{nil, end - begin}, begin, t.unmapStep, false); err != nil {
+	_, err := t.write(payload{nil, end - begin}, begin, t.unmapStep, false)
+	if errors.Is(err, thin.ErrNoMetaSpace) {
+		t.p.noMetaSpace(err)
+		return nil
+	}
+	if err != nil {
 		return t.wrap("discard", err)
 	}
 	return nil

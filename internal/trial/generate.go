@@ -25,6 +25,7 @@ type Setup struct {
 	Shared        int    // slots that all workers write at the same time, each its own sectors
 	Sectors       int64  // of a device
 	Origin        bool   // all devices lie over an external origin
+	Hints         bool   // a discard may do nothing (metadata may run short)
 	Jitter        uint64 // not 0: requests of the media take their time, by this seed
 	Options       user.Options
 }

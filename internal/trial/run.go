@@ -359,8 +359,13 @@ func (t *Trial) do(o Op, buf []byte) error {
 		return nil
 	case Discard:
 		begin, end := (off+t.Setup.BlockSize-1)/t.Setup.BlockSize*t.Setup.BlockSize, (off+n)/t.Setup.BlockSize*t.Setup.BlockSize
-		return t.change(d, begin/SectorBytes, max(0, end-begin)/SectorBytes, func(s int64, _ uint64) uint64 { return d.voidAt(s) },
-			func() error { return d.h.Discard(off, n) })
+		discard := func() error { return d.h.Discard(off, n) }
+		void := func(s int64, _ uint64) uint64 { return d.voidAt(s) }
+		if t.Setup.Hints { // never acknowledged
+			d.begin(begin/SectorBytes, max(0, end-begin)/SectorBytes, t.Log.Now(), void)
+			return discard()
+		}
+		return t.change(d, begin/SectorBytes, max(0, end-begin)/SectorBytes, void, discard)
 	case Zero, ZeroKeep:
 		return t.change(d, o.Off, o.N, func(int64, uint64) uint64 { return 0 },
 			func() error { return d.h.WriteZeroes(off, n, o.Kind == ZeroKeep) })

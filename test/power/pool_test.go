@@ -38,6 +38,10 @@ func setup(rng *rand.Rand) trial.Setup {
 		s.BlockSize = 128 << 10
 	case 2:
 		s.Origin = true
+	case 3: // metadata runs out
+		s.Hints = true
+		s.MetaBlocks = 50 + rng.Int64N(60)
+		s.MaxMetaBlocks = s.MetaBlocks + rng.Int64N(40)
 	}
 	if rng.IntN(2) == 0 {
 		s.Jitter = 1 + rng.Uint64()>>1
