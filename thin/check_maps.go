@@ -148,7 +148,7 @@ func (c *checker) metaMap() {
 		at.path = append([]block.Loc(nil), at.path...)
 		found = append(found, foundEntry{at, e})
 	})
-	at := place{where: whereMetaMap, block: c.sb.MetaMap.BitmapRoot}
+	at := place{where: whereMetaIdx, block: c.sb.MetaMap.BitmapRoot}
 	if !c.claim(at, useMetaIndex, at.block) {
 		return
 	}

@@ -165,7 +165,7 @@ func TestCompactCrash(t *testing.T) {
 	v.Unpin()
 	cuts := 0
 	for leaves := 1; leaves <= 27; leaves *= 3 {
-		for cut := 1; ; cut += 1 + cut/10 {
+		for cut := 1; ; cut += 1 + cut/5 {
 			mem := p.mem.Clone()
 			m, err := Open(mem, OpenOptions{})
 			p.must(err)
@@ -204,7 +204,7 @@ func TestCompactCrash(t *testing.T) {
 		}
 	}
 	t.Logf("%d cuts", cuts)
-	if cuts < 60 {
+	if cuts < 40 {
 		t.Errorf("only %d cuts", cuts)
 	}
 }

@@ -92,13 +92,14 @@ const (
 	whereDataIdx  = "data space map index"
 	whereDataOver = "data overflow tree"
 	whereMetaMap  = "metadata space map"
+	whereMetaIdx  = "metadata space map index"
 	whereMetaOver = "metadata overflow tree"
 )
 
 var keyNames = map[string]string{
 	whereTop: "device", whereDetails: "device", whereMapping: "virtual block",
 	whereDataMap: "data block", whereDataIdx: "bitmap", whereDataOver: "data block",
-	whereMetaMap: "metadata block", whereMetaOver: "metadata block",
+	whereMetaMap: "metadata block", whereMetaIdx: "bitmap", whereMetaOver: "metadata block",
 }
 
 // A Report is what Check found. Its text and its JSON are the same for the same pool.

@@ -35,7 +35,8 @@ const restoreStep = 200000
 //
 // The dump is read once, in bounded memory. Refused with element and line is what no pool can
 // hold: blocks beyond the data device, virtual blocks twice or out of order, devices twice, ids
-// over 24 bits, times of the future. mapped_blocks, flags, version and metadata_snap of the
+// over 24 bits, times of the future, data blocks that a device takes for its own by their time
+// although they are mapped elsewhere too. mapped_blocks, flags, version and metadata_snap of the
 // dump are not used.
 //
 // The superblock is written last: after an error block 0 is all zeros and no pool is there.
@@ -126,6 +127,8 @@ type restorer struct {
 	defs defStore
 
 	seen  map[DevID]bool
+	known bitset // data blocks that some mapping names
+	owned bitset // data blocks that a device takes for its own
 	total uint64 // mappings so far
 	step  uint64 // since the last commit
 
@@ -230,6 +233,7 @@ func (b *restorer) superblock() error {
 		return err
 	}
 	b.m.sb.Time, b.m.sb.TransactionID = uint32(time), trans
+	b.known, b.owned = newBitset(blocks), newBitset(blocks)
 	return nil
 }
 
@@ -363,6 +367,14 @@ func (b *restorer) add(r mappingRun, line int, name string) error {
 	b.full = b.next == 0
 	for i := range r.n {
 		m := Mapping{r.Block + DataBlock(i), r.Time}
+		own := r.Time >= b.dev.SnapshottedTime
+		if k := uint64(m.Block); b.owned.has(k) || own && b.known.has(k) {
+			return b.x.errorf(line, "<%s>: data block %d is mapped more than once, but a device's times say that it alone has it: two devices would write the same block", name, k)
+		}
+		b.known.add(uint64(m.Block))
+		if own {
+			b.owned.add(uint64(m.Block))
+		}
 		b.keys = append(b.keys, uint64(r.VBlock)+i)
 		b.vals = append(b.vals, m.Pack())
 		if len(b.keys) == 4096 {
@@ -412,3 +424,10 @@ func (b *restorer) flush() error {
 	}
 	return nil
 }
+
+// A bitset is a set of small numbers.
+type bitset []uint64
+
+func newBitset(n uint64) bitset    { return make(bitset, (n+63)/64) }
+func (s bitset) has(i uint64) bool { return s[i/64]&(1<<(i%64)) != 0 }
+func (s bitset) add(i uint64)      { s[i/64] |= 1 << (i % 64) }

@@ -246,6 +246,10 @@ func TestRestoreRefuses(t *testing.T) {
 		{"beyond 64 bits", super + device + `<range_mapping origin_begin="18446744073709551615" data_begin="9" length="2" time="0"/>`, "2 virtual blocks from 18446744073709551615 on"},
 		{"after the last block", super + device + `<single_mapping origin_block="18446744073709551615" data_block="1" time="0"/><single_mapping origin_block="0" data_block="2" time="0"/>`, "twice or out of order"},
 		{"unknown ref", super + device + `<ref name="q"/>`, `no def is named "q"`},
+		{"two owners of a data block", super + device + `<single_mapping origin_block="0" data_block="1" time="2"/></device>` + "\n" +
+			strings.Replace(device, `"1"`, `"2"`, 1) + `<single_mapping origin_block="0" data_block="1" time="0"/>`, "line 2: <single_mapping>: data block 1 is mapped more than once, but a device's times say that it alone has it"},
+		{"an owner of a shared data block", super + device + `<single_mapping origin_block="0" data_block="1" time="0"/></device>` + "\n" +
+			strings.Replace(device, `"1"`, `"2"`, 1) + `<single_mapping origin_block="0" data_block="1" time="2"/>`, "data block 1 is mapped more than once"},
 		{"def twice", super + `<def name="q"></def><def name="q"></def>`, `name "q" twice`},
 		{"something after the end", super + "</superblock><device/>", "<device> after </superblock>"},
 		{"a huge tag", super + "<device " + strings.Repeat("a", 10000), "a tag of more than 4096 bytes"},

@@ -12,7 +12,7 @@ import (
 type Rewriter struct {
 	t      *Tree
 	change func(v []byte)
-	done   []uint64          // bit by node: it and everything below is as it must be
+	done   []uint64                // bit by node: it and everything below is as it must be
 	moved  map[block.Loc]block.Loc // shared nodes -> their copies
 	from   map[block.Loc]block.Loc // the inverse
 }

@@ -6,6 +6,8 @@
 package backup
 
 import (
+	"bufio"
+	"bytes"
 	"cmp"
 	"context"
 	"errors"
@@ -181,33 +183,34 @@ func Open(path string) (io.ReadCloser, error) {
 	if err != nil {
 		return nil, err
 	}
-	var magic [4]byte
-	n, err := io.ReadFull(f, magic[:])
-	if err != nil && !errors.Is(err, io.ErrUnexpectedEOF) && !errors.Is(err, io.EOF) {
-		f.Close()
-		return nil, err
-	}
-	if _, err := f.Seek(0, io.SeekStart); err != nil {
-		f.Close()
-		return nil, err
-	}
-	if n < 4 || magic != [4]byte{0x28, 0xB5, 0x2F, 0xFD} {
-		return f, nil
-	}
-	z, err := zstd.NewReader(f, zstd.WithDecoderConcurrency(1), zstd.WithDecoderLowmem(true), zstd.WithDecoderMaxWindow(maxWindow))
+	r, err := decompress(f)
 	if err != nil {
 		f.Close()
 		return nil, fmt.Errorf("%s: %w", path, err)
 	}
-	return &reader{z, f}, nil
+	return &reader{r, f}, nil
+}
+
+// zstdMagic begins a compressed dump.
+var zstdMagic = []byte{0x28, 0xB5, 0x2F, 0xFD}
+
+// decompress reads a dump, compressed or not.
+func decompress(r io.Reader) (io.Reader, error) {
+	b := bufio.NewReaderSize(r, 1<<16)
+	if magic, _ := b.Peek(len(zstdMagic)); !bytes.Equal(magic, zstdMagic) {
+		return b, nil // an error comes again with the first read
+	}
+	return zstd.NewReader(b, zstd.WithDecoderConcurrency(1), zstd.WithDecoderLowmem(true), zstd.WithDecoderMaxWindow(maxWindow))
 }
 
 type reader struct {
-	*zstd.Decoder
+	io.Reader
 	f *os.File
 }
 
 func (r *reader) Close() error {
-	r.Decoder.Close()
+	if z, ok := r.Reader.(*zstd.Decoder); ok {
+		z.Close()
+	}
 	return r.f.Close()
 }

@@ -267,7 +267,7 @@ func TestConflicts(t *testing.T) {
 }
 
 // oneWriter finds data blocks that a device takes for its own although another maps them.
-func oneWriter(t *testing.T, d dev.Device) {
+func oneWriter(t testing.TB, d dev.Device) {
 	t.Helper()
 	v, err := thin.OpenView(d)
 	if err != nil {
