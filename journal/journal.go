@@ -55,7 +55,7 @@ func Create(id Identity, o Options, follows State, onHalf func()) (*Journal, err
 				j.half = onHalf
 				return j, nil
 			}
-			if (errors.Is(err, unix.ENOSPC) || errors.Is(err, unix.EDQUOT)) && size/4 >= leastBytes {
+			if (errors.Is(err, unix.ENOSPC) || errors.Is(err, unix.EDQUOT) || errors.Is(err, unix.ENOMEM)) && size/4 >= leastBytes {
 				continue
 			}
 			why = append(why, err)
