@@ -30,8 +30,11 @@ func (b *buffer) in() []byte { return b.mem[room-inHeaderLen-writeInLen:] }
 // payload is the part for n bytes of data.
 func (b *buffer) payload(n int) []byte { return b.mem[room : room+n : room+n] }
 
-// buffers hands out buffers and bounds the bytes that waiting requests hold. Those of a device
-// that is idle are given back to the system. Safe for concurrent use.
+// spareBuffers is how many unused buffers of each class are kept while some device is busy.
+var spareBuffers = [len(classes)]int{64, 32, 16}
+
+// buffers hands out the buffers of a crew. When no device is busy the unused ones are given back to
+// the system. Safe for concurrent use.
 type buffers struct {
 	mu   sync.Mutex
 	free [len(classes)][]*buffer // guarded by mu
@@ -81,8 +84,14 @@ func populate(mem []byte) {
 func (p *buffers) put(b *buffer) {
 	p.mu.Lock()
 	p.out--
-	p.free[b.class] = append(p.free[b.class], b)
+	keep := len(p.free[b.class]) < spareBuffers[b.class]
+	if keep {
+		p.free[b.class] = append(p.free[b.class], b)
+	}
 	p.mu.Unlock()
+	if !keep {
+		unix.Munmap(b.mem)
+	}
 }
 
 // trim gives the memory of all unused buffers back to the system.

@@ -24,7 +24,7 @@ var conformance = exporttest.Driver{
 	New: func(o exporttest.Options) (export.Exporter, error) {
 		socket := o.Dir + "/holder.sock"
 		return New(Options{
-			RunDir: o.Run(), LinkDir: o.Links(), Logger: o.Log,
+			RunDir: o.Run(), LinkDir: o.Links(), Logger: o.Log, DetachWait: o.Patience,
 			HolderSocket: socket, HolderCommand: o.Role("role-holder", socket), HelperCommand: o.Role("role-helper"),
 		})
 	},
@@ -56,3 +56,5 @@ var conformance = exporttest.Driver{
 }
 
 func TestConformance(t *testing.T) { exporttest.Run(t, conformance) }
+
+func TestUdev(t *testing.T) { exporttest.RunUdev(t, conformance, true) }

@@ -600,15 +600,15 @@ func TestIdle(t *testing.T) {
 			sv.mu.Lock()
 			running := sv.running
 			sv.mu.Unlock()
-			sv.bufs.mu.Lock()
-			bufs := sv.bufs.out
-			for _, l := range sv.bufs.free {
-				bufs += len(l)
+			if running != 0 {
+				t.Fatalf("idle device has %d threads", running)
 			}
-			sv.bufs.mu.Unlock()
-			if running != 0 || bufs != 0 {
-				t.Fatalf("idle device has %d threads, %d buffers", running, bufs)
-			}
+		}
+		if n := settled(spareHands, s.e.crew.threads); n > spareHands {
+			t.Fatalf("round %d: no device is busy, and there are %d threads, want at most %d", round, n, spareHands)
+		}
+		if n := settled(spareHands, s.e.crew.bufs.held); n > spareHands {
+			t.Fatalf("round %d: no device is busy, and there are %d buffers, want at most %d", round, n, spareHands)
 		}
 		// Requests just while devices fall asleep, too.
 		var wg sync.WaitGroup
@@ -666,4 +666,22 @@ func TestNoGarbage(t *testing.T) {
 			t.Errorf("%s: %v allocations a request", c.name, n)
 		}
 	}
+}
+
+// threads counts the threads that are there.
+func (c *crew) threads() int {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.made
+}
+
+// held counts buffers, used or not.
+func (p *buffers) held() int {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	n := p.out
+	for _, l := range p.free {
+		n += len(l)
+	}
+	return n
 }

@@ -29,6 +29,7 @@ type Exporter struct {
 	links node.Dir
 	ops   ops
 	park  *parker
+	crew  crew
 	keep  *keeper // nil without a holder
 	reap  reaper
 
@@ -111,6 +112,7 @@ func (e *Exporter) release() {
 	if e.park != nil {
 		e.park.close()
 	}
+	e.crew.close()
 	e.lock.Close()
 }
 
@@ -218,6 +220,7 @@ func (e *Exporter) attach(ctx context.Context, name string, d dev.Device, o expo
 		return nil, err
 	}
 	a.s.park, a.s.onEnd = e.park.park, a.cut
+	a.s.join(&e.crew)
 	a.s.start()
 	defer func() {
 		if err != nil {

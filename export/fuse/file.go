@@ -88,6 +88,7 @@ func (f *File) undo() error {
 	if f.s != nil {
 		f.s.stop()
 		f.s.close()
+		f.s.crew.close()
 	}
 	if f.fd >= 0 {
 		err = errors.Join(err, unix.Close(f.fd))

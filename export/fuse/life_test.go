@@ -51,7 +51,8 @@ func TestCycles(t *testing.T) {
 			}
 			cycle("warm")
 			loops := len(loopNames(t))
-			routines, fds := runtime.NumGoroutine(), countFDs(t)
+			// Threads without work that are kept are not left behind.
+			routines, fds := runtime.NumGoroutine()-s.e.crew.threads()+spareHands, countFDs(t)
 			begin := time.Now()
 			var wg sync.WaitGroup
 			for w := range 4 {

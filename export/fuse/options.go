@@ -24,13 +24,13 @@ type Options struct {
 	// devices are changed by this process itself; see ops for what that risks.
 	HelperCommand []string
 
-	// Threads is how many OS threads read requests of a busy device; 0 is 2, or 1 on one CPU.
+	// Threads is how many OS threads at most read requests of a busy device; 0 is 2, or 1 on one CPU.
 	Threads int
 	// InlineMax is the longest request, in bytes, that the thread which read it also serves, if
 	// the device can do it at once; 0 is 128 KiB.
 	InlineMax int
 	// IdleAfter is the time without requests after which a device costs no threads and no
-	// buffers; 0 is 5 seconds.
+	// buffers; 0 is 100 ms. Its next request then finds a thread some microseconds later.
 	IdleAfter time.Duration
 	// DetachWait is how long Detach waits for a process that merely has the node open; 0 is
 	// 2 seconds.
@@ -54,7 +54,7 @@ func (o *Options) check() error {
 		o.InlineMax = 128 << 10
 	}
 	if o.IdleAfter <= 0 {
-		o.IdleAfter = 5 * time.Second
+		o.IdleAfter = 100 * time.Millisecond
 	}
 	if o.DetachWait <= 0 {
 		o.DetachWait = 2 * time.Second

@@ -4,7 +4,6 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"runtime"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -33,10 +32,11 @@ type spaceRefuser interface {
 
 // A server answers the requests of one FUSE connection from one device.
 //
-// Threads: some goroutines locked to OS threads (serve) read requests from the same
-// descriptor. A request that the device can do at once is done and answered there; others get
-// a slot, and a goroutine of their own (work). If nothing happens for a while the threads
-// end and the descriptor is watched by the exporter's parker, which starts them again.
+// Threads: hands of the exporter's crew (serve) read requests from the same descriptor, one, or
+// more when one finds request after request. A request that the device can do at once is done
+// and answered there; others get a slot, and a goroutine of their own (work). If nothing happens
+// for a while the hands go, and the descriptor is watched by the exporter's parker, which starts
+// the server again.
 //
 // A request is answered exactly once, and its buffer is not touched by anybody else until then.
 type server struct {
@@ -50,20 +50,23 @@ type server struct {
 	readOnly  bool               //
 	size      atomic.Int64       // what the kernel was told, bytes
 	inlineMax int                // longest request served on the thread that read it, bytes
-	threads   int                // wanted
+	threads   int                // at most
 	idle      time.Duration      // until the threads end
 	park      func(*server) bool // watches fd and calls start; nil: threads never end
 	onEnd     func()             // called once when the connection has ended; may be nil
 	log       *slog.Logger
 	epoch     time.Time // times of the inodes
 
-	bufs    buffers
+	crew    *crew
+	bufs    *buffers      // of the crew
 	stopfd  int           // eventfd that wakes every thread
+	epfd    int           // what threads wait on: fd and stopfd; made by the first, -1 before
 	ready   chan struct{} // closed after INIT was answered
 	kernel  features      // valid after ready
 	gone    chan struct{} // closed when the connection has ended
 	once    sync.Once     // closes gone
 	served  atomic.Uint64 // requests read
+	alone   atomic.Bool   // one thread serves
 	workers sync.WaitGroup
 	thr     sync.WaitGroup
 
@@ -102,8 +105,9 @@ func newServer(fd int, d dev.Device, readOnly bool, o *Options) (*server, error)
 	s := &server{
 		fd: fd, d: d, readOnly: readOnly,
 		inlineMax: o.InlineMax, threads: o.Threads, idle: o.IdleAfter, log: o.Logger, epoch: time.Now(),
-		ready: make(chan struct{}), gone: make(chan struct{}),
+		ready: make(chan struct{}), gone: make(chan struct{}), epfd: -1,
 	}
+	s.join(new(crew))
 	s.cond = sync.NewCond(&s.mu)
 	s.try, _ = d.(dev.Trier)
 	s.noWait, _ = d.(spaceRefuser)
@@ -121,18 +125,35 @@ func newServer(fd int, d dev.Device, readOnly bool, o *Options) (*server, error)
 	return s, nil
 }
 
-// start starts the threads. It does nothing when they run or the server is stopping.
+// join says whose threads serve; before start.
+func (s *server) join(c *crew) { s.crew, s.bufs = c, &c.bufs }
+
+// start starts the first thread. It does nothing when there is one or the server is stopping.
 func (s *server) start() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.stopping || s.running > 0 {
+	if s.running == 0 {
+		s.addLocked()
+	}
+}
+
+// help starts another thread beside those that run, if there may be one.
+func (s *server) help() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.running > 0 {
+		s.addLocked()
+	}
+}
+
+func (s *server) addLocked() {
+	if s.stopping || s.running >= s.threads {
 		return
 	}
-	for range s.threads {
-		s.running++
-		s.thr.Add(1)
-		go s.serve()
-	}
+	s.running++
+	s.alone.Store(s.running == 1)
+	s.thr.Add(1)
+	s.crew.serve(s)
 }
 
 // stop ends the threads and waits until every request that was read is answered. The connection
@@ -148,11 +169,15 @@ func (s *server) stop() {
 	}
 	s.thr.Wait()
 	s.workers.Wait()
-	s.bufs.trim()
 }
 
 // close releases what the server itself holds; only after stop.
-func (s *server) close() { unix.Close(s.stopfd) }
+func (s *server) close() {
+	unix.Close(s.stopfd)
+	if s.epfd >= 0 {
+		unix.Close(s.epfd)
+	}
+}
 
 func (s *server) end(why error) {
 	s.once.Do(func() {
@@ -166,18 +191,16 @@ func (s *server) end(why error) {
 	})
 }
 
-// exit ends the calling thread's part in the server, and the thread unless keep. The last one
-// of an idle server hands the descriptor to the parker.
+// exit ends the calling thread's part in the server. The last one of an idle server hands the
+// descriptor to the parker.
 func (s *server) exit(idle bool) {
 	s.mu.Lock()
 	s.running--
+	s.alone.Store(s.running == 1)
 	last := s.running == 0 && idle && !s.stopping
 	s.mu.Unlock()
-	if last {
-		s.bufs.trim()
-		if !s.park(s) {
-			s.start()
-		}
+	if last && !s.park(s) {
+		s.start()
 	}
 	s.thr.Done()
 }
@@ -185,13 +208,11 @@ func (s *server) exit(idle bool) {
 // retryPause is how long a thread that lacks memory or descriptors waits before it tries again.
 const retryPause = 100 * time.Millisecond
 
-// serve is one server thread. Nobody else would serve the connection, so that it gives up only
-// when the connection has ended.
-func (s *server) serve() {
-	runtime.LockOSThread()
-	defer runtime.UnlockOSThread()
+// serve is what a thread does for a server. Nobody else would serve the connection, so that it gives
+// up only when the connection has ended, or there is nothing to do.
+func (s *server) serve(h *hand) {
 	for {
-		idle, err := s.loop()
+		idle, err := s.loop(h)
 		if err == nil || errors.Is(err, errEnded) {
 			if err != nil {
 				s.end(err)
@@ -211,36 +232,46 @@ func (s *server) serve() {
 // errEnded: the connection cannot be served any more.
 var errEnded = errors.New("connection ended")
 
+// longRun is how many requests a thread reads without having to wait before it gets help.
+const longRun = 2
+
 // loop reads and answers requests until the connection ends, the server stops, or it is idle.
-func (s *server) loop() (idle bool, err error) {
-	epfd, err := s.newEpoll()
+func (s *server) loop(h *hand) (idle bool, err error) {
+	epfd, err := s.epoll()
 	if err != nil {
 		return false, err
 	}
-	defer unix.Close(epfd)
-	buf, err := s.bufs.get(maxIO)
-	if err != nil {
-		return false, err
+	if h.buf == nil {
+		if h.buf, err = s.bufs.get(maxIO); err != nil {
+			return false, err
+		}
 	}
-	defer func() { s.bufs.put(buf) }()
+	buf := h.buf
+	defer func() { h.buf = buf }()
 
 	var req request
-	var seen uint64
+	var seen uint64 // of s.served
+	run, mine := 0, 0
 	for {
 		in := buf.in()
 		n, errno := sysRead(s.fd, in)
 		switch errno {
 		case 0:
+			if run++; run == longRun && s.alone.Load() {
+				s.help()
+			}
+			mine++
 		case unix.EAGAIN:
+			run = 0
 			stop, timeout, err := s.wait(epfd)
 			if err != nil || stop {
 				return false, err
 			}
-			if timeout {
-				if now := s.served.Load(); now == seen && s.park != nil && s.initialised() {
+			if timeout && s.park != nil && s.initialised() {
+				if now := s.served.Load(); now == seen || mine == 0 && !s.alone.Load() {
 					return true, nil
 				} else {
-					seen = now
+					seen, mine = now, 0
 				}
 			}
 			continue
@@ -275,23 +306,27 @@ func (s *server) initialised() bool {
 	}
 }
 
-// newEpoll makes the thing that one thread waits on. With EPOLLEXCLUSIVE a request wakes one
-// thread, not all.
-func (s *server) newEpoll() (int, error) {
+// epoll returns the thing that threads wait on; a request wakes one of them, a stop all. Requests
+// are edge-triggered: a level would wake the next thread for the request that the first one is about
+// to read. So a thread waits only after a read has found nothing.
+func (s *server) epoll() (int, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.epfd >= 0 {
+		return s.epfd, nil
+	}
 	epfd, err := unix.EpollCreate1(unix.EPOLL_CLOEXEC)
 	if err != nil {
 		return -1, fmt.Errorf("epoll: %w", err)
 	}
-	ev := unix.EpollEvent{Events: unix.EPOLLIN | unix.EPOLLEXCLUSIVE, Fd: int32(s.fd)}
-	err = unix.EpollCtl(epfd, unix.EPOLL_CTL_ADD, s.fd, &ev)
-	if err == nil {
-		ev = unix.EpollEvent{Events: unix.EPOLLIN, Fd: int32(s.stopfd)}
-		err = unix.EpollCtl(epfd, unix.EPOLL_CTL_ADD, s.stopfd, &ev)
+	for fd, events := range map[int]uint32{s.fd: unix.EPOLLIN | unix.EPOLLET, s.stopfd: unix.EPOLLIN} {
+		ev := unix.EpollEvent{Events: events, Fd: int32(fd)}
+		if err := unix.EpollCtl(epfd, unix.EPOLL_CTL_ADD, fd, &ev); err != nil {
+			unix.Close(epfd)
+			return -1, fmt.Errorf("epoll: %w", err)
+		}
 	}
-	if err != nil {
-		unix.Close(epfd)
-		return -1, fmt.Errorf("epoll: %w", err)
-	}
+	s.epfd = epfd
 	return epfd, nil
 }
 

@@ -130,6 +130,7 @@ func (e *Exporter) adopt(name string, d dev.Device) (_ *attachment, err error) {
 	a.s.kernel = rec.Kernel
 	close(a.s.ready)
 	a.s.park, a.s.onEnd = e.park.park, a.cut
+	a.s.join(&e.crew)
 	if rec.Kernel.Resend {
 		if err := a.s.resend(); err != nil {
 			a.s.close()
