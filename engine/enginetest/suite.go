@@ -69,6 +69,7 @@ func Run(t *testing.T, e Engine) {
 		{"recursive snapshots", recursiveSnapshots}, {"pattern stomping", patternStomping},
 		{"snapshots hold prefixes", prefixes}, {"snapshots of one moment", oneMoment}, {"all or none", allOrNone},
 		{"delta and usage", deltaAndUsage}, {"readers beside writers", readersBesideWriters},
+		{"looks beside commits", looksBesideCommits}, {"trim beside writers", trimBesideWriters},
 		{"discards", discards}, {"discards of shared blocks", sharedDiscards}, {"write zeroes", writeZeroes},
 		{"out of data space, error", outOfDataErrors}, {"out of data space, queue", outOfDataQueues},
 		{"out of data space, time limit", outOfDataTimeout}, {"out of metadata space", outOfMetadata},
@@ -192,6 +193,8 @@ func (p *pool) thin(id thin.DevID, size int64) engine.Thin {
 	p.Helper()
 	return p.with(id, engine.OpenOptions{SizeBytes: size})
 }
+
+func openSize(size int64) engine.OpenOptions { return engine.OpenOptions{SizeBytes: size} }
 
 // view opens it read-only.
 func (p *pool) view(id thin.DevID, size int64) engine.Thin {

@@ -53,6 +53,9 @@ func (p *Pool) look(ctx context.Context, fn func(v *thin.View) error) error {
 			return err
 		}
 		v, err := thin.OpenView(beside{p.metaDev})
+		if p.looking != nil {
+			p.looking()
+		}
 		if err == nil {
 			err = fn(v)
 		}
