@@ -70,8 +70,9 @@ func (t *Thin) write(s payload, off int64, do step, noWait bool) (done int64, er
 	if s.n == 0 && t.closed.Load() {
 		return 0, dev.ErrClosed
 	}
+	hostFull := false // it has waited for the host
 	for done < s.n {
-		seq := t.p.space.now()
+		seq, before := t.p.space.now(), done
 		token, err := t.enterWrite()
 		if err != nil {
 			return done, err
@@ -87,10 +88,15 @@ func (t *Thin) write(s payload, off int64, do step, noWait bool) (done int64, er
 			n, err = t.tightStep(s.part(done, s.n), off+done, do)
 			done += n
 		}
+		if hostFull && done > before && err == nil {
+			t.p.hostSpaceAgain()
+			hostFull = false
+		}
 		if err == nil {
 			continue
 		}
 		if isHostFull(err) {
+			hostFull = true
 			err = fmt.Errorf("%w: %w", errWantHost, err)
 		}
 		if !mustWait(err) {
@@ -163,9 +169,6 @@ func (t *Thin) writeMapped(s payload, off int64) (int64, error) {
 	}
 	if _, err := t.p.data.WriteAt(s.slice(0, n), pos); err != nil {
 		return 0, err
-	}
-	if t.p.outOfSpace.Load() {
-		t.p.hostSpaceAgain()
 	}
 	return n, nil
 }

@@ -568,6 +568,11 @@ func (t *Trial) grow(o Op) error {
 	if n > t.Setup.MaxDataBlocks {
 		return nil
 	}
+	return t.Grow(n)
+}
+
+// Grow makes the data device n blocks long.
+func (t *Trial) Grow(n uint64) error {
 	return t.noting(&t.sizes, n, func() error {
 		return ignoreShrink(t.Pool, n, t.Pool.GrowData(ctx, int64(n)*t.Setup.BlockSize))
 	})
