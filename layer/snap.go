@@ -36,7 +36,7 @@ type Snap struct {
 	SizeBytes  int64      `json:"size_bytes"` // length of the device
 	FSType     string     `json:"fs_type"`
 	GuestOwned bool       `json:"guest_owned,omitempty"`
-	// ChainID is set on a committed one that is another name of an image layer.
+	// ChainID is set on a committed one that is a name of a layer.
 	ChainID string `json:"chain_id,omitempty"`
 	Broken  string `json:"broken,omitempty"` // why it cannot be used
 }

@@ -37,6 +37,17 @@ type snapCrash struct {
 	held  map[string]bool // attachments that somebody has mounted
 	n     *SnapStore
 	chain string
+	// of another snapshotter: names of what it shares, with the chain id; and what a chain id holds
+	other  map[string]string
+	shared map[string]uint64
+}
+
+// reopened takes the snapshots of a store that was opened.
+func (r *snapCrash) reopened(s *Store) { r.n = must[*SnapStore](r.t)(s.Snaps("mica", SnapOptions{})) }
+
+// second is the other snapshotter.
+func (r *snapCrash) second() *SnapStore {
+	return must[*SnapStore](r.t)(r.s.Snaps("other", SnapOptions{}))
 }
 
 // TestSnapCrashModel runs random operations on snapshots, some of them mounted, and crashes the store
@@ -48,7 +59,8 @@ func TestSnapCrashModel(t *testing.T) {
 		fmt.Sscan(v, &seed)
 	}
 	t.Logf("seed %d (LAYER_SEED)", seed)
-	r := &snapCrash{fakeRig: newFakeRig(t), rng: rand.New(rand.NewPCG(seed, 8)), model: map[string]snapModel{}, held: map[string]bool{}}
+	r := &snapCrash{fakeRig: newFakeRig(t), rng: rand.New(rand.NewPCG(seed, 8)), model: map[string]snapModel{}, held: map[string]bool{},
+		other: map[string]string{}, shared: map[string]uint64{}}
 	crash := errors.New("crash")
 	var countdown safeCounter
 	r.fault = func(p string) error {
@@ -61,7 +73,7 @@ func TestSnapCrashModel(t *testing.T) {
 	s := r.mustOpen()
 	importFake(t, s)
 	r.chain = "sha256:" + strings.Repeat("1", 64)
-	r.n = must[*SnapStore](t)(s.Snaps("mica", SnapOptions{}))
+	r.reopened(s)
 	crashes, restarts := 0, 0
 	for i := range 2000 {
 		if r.rng.IntN(6) == 0 {
@@ -89,7 +101,7 @@ func TestSnapCrashModel(t *testing.T) {
 		if s, err = r.open(); err != nil {
 			t.Fatal(err)
 		}
-		r.n = must[*SnapStore](t)(s.Snaps("mica", SnapOptions{}))
+		r.reopened(s)
 		r.check(ctx, i, ro != nil, undo)
 	}
 	t.Logf("%d crashes, %d restarts; %d snapshots at the end", crashes, restarts, len(r.model))
@@ -124,7 +136,7 @@ func (r *snapCrash) operation(ctx context.Context) (undo func(), err error) {
 	if r.rng.IntN(4) == 0 {
 		parent = ""
 	}
-	switch r.rng.IntN(10) {
+	switch r.rng.IntN(13) {
 	case 0, 1, 2:
 		if len(r.model) > 40 {
 			return undo, nil
@@ -143,7 +155,12 @@ func (r *snapCrash) operation(ctx context.Context) (undo func(), err error) {
 		delete(r.model, key)
 		m.kind = SnapCommitted
 		r.model[fresh] = m
-		err = r.n.Commit(ctx, fresh, key, "", nil)
+		var labels map[string]string
+		if m.parent == "" {
+			ref := fmt.Sprintf("sha256:%064x", r.rng.Uint64())
+			labels, r.shared[ref] = map[string]string{LabelSnapRef: ref}, m.content
+		}
+		err = r.n.Commit(ctx, fresh, key, "", labels)
 	case 6:
 		key := of(SnapActive)
 		if key == "" {
@@ -198,6 +215,22 @@ func (r *snapCrash) operation(ctx context.Context) (undo func(), err error) {
 		if _, ok := r.model[found.Name]; !ok {
 			r.model[found.Name] = snapModel{kind: SnapCommitted, alias: true, content: 0}
 		}
+	case 10, 11:
+		for _, v := range must[[]Snap](r.t)(r.n.List(ctx)) {
+			if ref := v.Labels[LabelSnapRef]; v.Kind == SnapCommitted && ref != "" && ref != r.chain && r.rng.IntN(4) == 0 {
+				found, err := r.second().Shared(ctx, ref, "", nil)
+				if err != nil {
+					return undo, err
+				}
+				r.other[found.Name] = ref
+				return undo, nil
+			}
+		}
+	case 12:
+		for name := range r.other {
+			delete(r.other, name)
+			return undo, r.second().Remove(ctx, name)
+		}
 	}
 	return undo, err
 }
@@ -222,7 +255,7 @@ func (r *snapCrash) check(ctx context.Context, i int, crashed bool, undo func())
 	t.Helper()
 	got := map[string]snapModel{}
 	for _, v := range must[[]Snap](t)(r.n.List(ctx)) {
-		m := snapModel{kind: v.Kind, parent: v.Parent, alias: v.ChainID != ""}
+		m := snapModel{kind: v.Kind, parent: v.Parent, alias: strings.HasPrefix(v.Name, "@mica/")}
 		m.content = r.content(ctx, v)
 		got[v.Name] = m
 	}
@@ -247,16 +280,17 @@ func (r *snapCrash) check(ctx context.Context, i int, crashed bool, undo func())
 	}
 	ok(t, r.s.WaitQueue(ctx))
 	waitFor(t, "an empty queue", func() bool { r.n.Nudge(); return len(r.s.Queue()) == 0 })
-	devices, nodes, exports := 2, 0, map[string]bool{} // the base and the image's layer
+	devices, nodes, exports := 1, 0, map[string]bool{} // the base
+	devices += r.checkShared(ctx, i, crashed)
 	for n, m := range r.model {
 		switch {
 		case m.kind == SnapView:
 			exports[m.parent] = true
-		case !m.alias:
+		case m.kind == SnapActive:
+			nodes++
+		}
+		if must[Snap](t)(r.n.Stat(ctx, n)).Device != 0 {
 			devices++
-			if m.kind == SnapActive {
-				nodes++
-			}
 		}
 		if m.kind != SnapCommitted {
 			if _, _, err := r.n.Mount(ctx, n); err != nil {
@@ -280,16 +314,49 @@ func (r *snapCrash) check(ctx context.Context, i int, crashed bool, undo func())
 	}
 }
 
+// checkShared looks at what the other snapshotter has, and returns how many layers there are: the image's,
+// and those that have a name in either.
+func (r *snapCrash) checkShared(ctx context.Context, i int, crashed bool) int {
+	r.t.Helper()
+	named, names := map[string]bool{r.chain: true}, map[string]string{}
+	for _, v := range must[[]Snap](r.t)(r.second().List(ctx)) {
+		ref := v.Labels[LabelSnapRef]
+		names[v.Name], named[v.ChainID] = ref, true
+		if got := r.contentOf(ctx, r.second(), v); got != r.shared[ref] {
+			r.t.Fatalf("operation %d: %s holds %d, want %d", i, v.Name, got, r.shared[ref])
+		}
+	}
+	if !crashed && !maps.Equal(names, r.other) {
+		r.t.Fatalf("operation %d: the other snapshotter has %v, want %v", i, names, r.other)
+	}
+	r.other = names
+	for _, v := range must[[]Snap](r.t)(r.n.List(ctx)) {
+		named[v.ChainID] = true
+	}
+	layers := must[[]Layer](r.t)(r.s.Layers(ctx))
+	for _, l := range layers {
+		if !named[l.ChainID] {
+			r.t.Fatalf("operation %d: layer %s has no name", i, l.ChainID)
+		}
+	}
+	return len(layers)
+}
+
 // content reads what a snapshot holds.
 func (r *snapCrash) content(ctx context.Context, v Snap) uint64 {
 	r.t.Helper()
+	return r.contentOf(ctx, r.n, v)
+}
+
+func (r *snapCrash) contentOf(ctx context.Context, n *SnapStore, v Snap) uint64 {
+	r.t.Helper()
 	b := make([]byte, 8)
-	rec := must[record[snapBody]](r.t)(r.n.record(v.Name))
+	rec := must[record[snapBody]](r.t)(n.record(v.Name))
 	if l := r.s.liveOf(rec.body.ID); l != nil {
 		_, err := l.t.ReadAt(b, contentAt)
 		ok(r.t, err)
 	} else {
-		src, release, err := r.n.holdParent(ctx, map[bool]string{true: v.Parent, false: v.Name}[v.Kind == SnapView])
+		src, release, err := n.holdParent(ctx, map[bool]string{true: v.Parent, false: v.Name}[v.Kind == SnapView])
 		ok(r.t, err)
 		defer release()
 		d, err := r.pool.Open(ctx, src.dev, engine.OpenOptions{SizeBytes: v.SizeBytes, ReadOnly: true})

@@ -124,7 +124,9 @@ const OwnerMica = "mica"
 
 // A Layer is one committed image layer. It never changes.
 type Layer struct {
-	ChainID   string            `json:"chain_id"`         // "sha256:..."
+	// ChainID is "sha256:..."; "block:..." of what a guest wrote, "shared:..." of what snapshotters
+	// share and nobody here has verified.
+	ChainID   string            `json:"chain_id"`
 	Parent    string            `json:"parent,omitempty"` // chain id; empty: the base
 	DiffID    string            `json:"diff_id,omitempty"`
 	Device    thin.DevID        `json:"device"`

@@ -5,8 +5,10 @@ import (
 	"bytes"
 	"context"
 	"crypto/sha256"
+	"errors"
 	"fmt"
 	"path/filepath"
+	"strings"
 	"testing"
 	"time"
 
@@ -22,13 +24,18 @@ import (
 
 // metaDB is containerd's own metadata, with its locks, its names and its garbage collector, over the
 // snapshotter's socket.
-func (r *rig) metaDB(sn snapshots.Snapshotter) *metadata.DB {
+func (r *rig) metaDB(list ...*Snapshotter) *metadata.DB {
 	r.t.Helper()
-	client, stop := serveOn(r.t, sn, filepath.Join(r.dir, "meta.sock"))
 	db, err := bbolt.Open(filepath.Join(r.dir, "meta.db"), 0o600, nil)
 	ok(r.t, err)
-	r.t.Cleanup(func() { db.Close(); stop() })
-	m := metadata.NewDB(db, nil, map[string]snapshots.Snapshotter{"mica": client})
+	clients := map[string]snapshots.Snapshotter{}
+	for _, sn := range list {
+		client, stop := serveOn(r.t, sn, filepath.Join(r.dir, "meta-"+sn.Name()+".sock"))
+		r.t.Cleanup(stop)
+		clients[sn.Name()] = client
+	}
+	r.t.Cleanup(func() { db.Close() })
+	m := metadata.NewDB(db, nil, clients)
 	ok(r.t, m.Init(context.Background()))
 	return m
 }
@@ -267,4 +274,88 @@ func (r *rig) importImage(name string, layers ...string) (chains []string) {
 	_, err = im.Commit(ctx, layer.ImageSpec{Name: name, ChainID: parent, Config: []byte("{}"), Digest: chain(77)})
 	ok(r.t, err)
 	return chains
+}
+
+// TestSharedElsewhere: what one snapshotter has unpacked is there for the others of the store, such as
+// that of a runtime with virtual machines, at no cost. Either may go first. What snapshotters share is
+// no layer of an image: an import reads, and verifies, what is in its archive.
+func TestSharedElsewhere(t *testing.T) {
+	r := newRig(t, 1<<30).open()
+	runc := r.snapshotter("mica")
+	kata := r.snapshotter("mica-kata", func(o *Options) { o.GuestOwned = true })
+	closed := r.snapshotter("mica-closed", func(o *Options) { o.ShareLayers = false })
+	db := r.metaDB(runc, kata, closed)
+	ctx := namespaces.WithNamespace(tctx(t), "ns")
+	empty := r.used()
+	chains := []string{chain(1), chain(2), chain(3)}
+	if n := r.unpack(db.Snapshotter("mica"), ctx, chains...); n != 3 {
+		t.Fatalf("%d layers were unpacked, want 3", n)
+	}
+	root := withLabels("containerd.io/gc.root", "now")
+	must[[]mount.Mount](t)(db.Snapshotter("mica").Prepare(ctx, "before", chain(3), root))
+	held := r.used()
+	usage := must[snapshots.Usage](t)(db.Snapshotter("mica").Usage(ctx, chain(2)))
+	if n := r.unpack(db.Snapshotter("mica-kata"), ctx, chains...); n != 0 {
+		t.Errorf("%d layers were unpacked again by the other snapshotter", n)
+	}
+	if n := r.used(); n != held {
+		t.Errorf("the other snapshotter costs %d blocks", n-held)
+	}
+	if n := r.unpack(db.Snapshotter("mica-closed"), ctx, chains[:2]...); n != 2 {
+		t.Errorf("%d layers were unpacked where nothing is shared, want 2", n)
+	}
+	for _, name := range []string{"mica", "mica-kata"} {
+		if got := must[snapshots.Usage](t)(db.Snapshotter(name).Usage(ctx, chain(2))); got != usage {
+			t.Errorf("%s: usage %+v of a shared layer, before %+v", name, got, usage)
+		}
+	}
+	// A container of each, and a layer on top of a shared one.
+	vm := must[[]mount.Mount](t)(db.Snapshotter("mica-kata").Prepare(ctx, "vm", chain(3), root))
+	for i := range 3 {
+		if got := r.read(vm, fmt.Sprint("layer", i)); got != chain(i+1) {
+			t.Errorf("a container of the other snapshotter shows %q", got)
+		}
+	}
+	if n := r.unpack(db.Snapshotter("mica"), ctx, append(chains, chain(4))...); n != 1 {
+		t.Errorf("%d layers were unpacked, want 1", n)
+	}
+	if n := r.unpack(db.Snapshotter("mica-kata"), ctx, append(chains, chain(4))...); n != 0 {
+		t.Errorf("%d layers were unpacked on shared ones that the other has, want none", n)
+	}
+	im := must[layer.Import](t)(r.store.BeginImport(ctx))
+	if l, err := im.Layer(ctx, chain(1)); !errors.Is(err, layer.ErrNotFound) {
+		t.Errorf("an import finds %+v, %v: nobody verified it", l, err)
+	}
+	ok(t, im.Abort(ctx))
+	// The first one goes, with its containers; then the store is closed and opened.
+	for _, c := range []string{"before", chain(4), chain(3), chain(2), chain(1)} {
+		ok(t, db.Snapshotter("mica").Remove(ctx, c))
+	}
+	collect(t, db)
+	v := must[[]mount.Mount](t)(db.Snapshotter("mica-kata").View(ctx, "v", chain(4), root))
+	if got := r.read(v, "layer3"); got != chain(4) {
+		t.Errorf("after the first snapshotter's went, a view shows %q", got)
+	}
+	r.close()
+	r.open()
+	kata = r.snapshotter("mica-kata", func(o *Options) { o.GuestOwned = true })
+	if n := len(must[[]layer.Layer](t)(r.store.Layers(ctx))); n != 4 {
+		t.Errorf("%d layers after a restart, want 4", n)
+	}
+	var vmKey string
+	ok(t, kata.Walk(ctx, func(_ context.Context, i snapshots.Info) error {
+		if strings.HasSuffix(i.Name, "/vm") {
+			vmKey = i.Name
+		}
+		return nil
+	}))
+	if got := r.read(must[[]mount.Mount](t)(kata.Mounts(ctx, vmKey)), "layer2"); got != chain(3) {
+		t.Errorf("after a restart, a container shows %q", got)
+	}
+	for _, name := range []string{"mica-kata", "mica-closed"} {
+		ok(t, removeAll(r, name))
+	}
+	if n := r.used(); n != empty {
+		t.Errorf("pool holds %d blocks, %d at the beginning", n, empty)
+	}
 }
