@@ -45,7 +45,8 @@ func needMachine(t *testing.T) {
 type box struct {
 	*testing.T
 	dir, root, run, exe string
-	config              string // file; "": none
+	config              string   // file; "": none
+	flags               []string // further ones of serve
 	serve               *exec.Cmd
 	exited              chan error // of serve
 	log                 bytes.Buffer
@@ -136,7 +137,7 @@ func (b *box) start() {
 	if b.config != "" {
 		args = append(args, "--config", b.config)
 	}
-	b.serve = b.command(args...)
+	b.serve = b.command(append(args, b.flags...)...)
 	b.exited = make(chan error, 1)
 	f, err := os.OpenFile(filepath.Join(b.dir, "log"), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
 	if err != nil {

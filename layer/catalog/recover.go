@@ -187,10 +187,10 @@ func (s *fileState) compare(pool uint64, fresh bool) error {
 		return nil
 	case pool > s.txid:
 		return fmt.Errorf("the catalog is older than the pool (transaction id %d, the pool has %d): "+
-			"it was restored from a copy; bring back the newer catalog, or accept the pool as it is", s.txid, pool)
+			"it was restored from a copy; bring back the newer catalog, or accept the pool as it is (mica serve --accept-pool)", s.txid, pool)
 	default:
 		return fmt.Errorf("the pool is older than the catalog (transaction id %d, the catalog has %d): "+
-			"it was restored from a copy; bring back the newer pool, or accept the pool as it is", pool, s.txid)
+			"it was restored from a copy; bring back the newer pool, or accept the pool as it is (mica serve --accept-pool)", pool, s.txid)
 	}
 }
 
