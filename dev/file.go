@@ -104,7 +104,9 @@ func newFile(path string, fd int, o OpenOptions) (*File, error) {
 		err = fmt.Errorf("not a regular file")
 	}
 	if err == nil && o.Lock {
-		err = lockFd(fd, path)
+		if err = lockFd(fd, path); err == nil {
+			err = replaced(path, &st)
+		}
 	}
 	if err == nil && o.Lock && !o.LoopOK {
 		err = loopHolder(path, &st)

@@ -55,6 +55,16 @@ func lockFd(fd int, path string) error {
 	}
 }
 
+// replaced finds that another file has taken the place of the one that was opened, while its lock
+// was still somebody else's: repaired metadata, say. Who waits for the lock opens again.
+func replaced(path string, opened *unix.Stat_t) error {
+	var now unix.Stat_t
+	if err := unix.Stat(path, &now); err == nil && now.Dev == opened.Dev && now.Ino == opened.Ino {
+		return nil
+	}
+	return &LockedError{Path: path, By: "another file is taking its place"}
+}
+
 // LockHolder finds the process that holds a flock on fd's file in /proc/locks; 0 if it is not
 // listed there (another pid namespace, or gone).
 func LockHolder(fd int) int {
