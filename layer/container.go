@@ -5,6 +5,8 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"slices"
+	"strings"
 	"time"
 
 	"mica/layer/catalog"
@@ -35,8 +37,7 @@ func (s *Store) Create(ctx context.Context, o CreateOptions) (Container, bool, e
 		if b.Image == o.Image && b.AskedSize == o.SizeBytes && maps.Equal(b.Labels, o.Labels) && b.TTL == o.TTL && b.Owner == o.Owner {
 			return s.describeContainer(old), false, nil
 		}
-		return Container{}, false, fmt.Errorf("container %q %w with image %q, %d bytes asked for, other labels or time to live",
-			o.Name, ErrExists, b.Image, b.AskedSize)
+		return Container{}, false, fmt.Errorf("container %q %w, %s", o.Name, ErrExists, b.differs(o))
 	}
 	if !errors.Is(err, ErrNotFound) {
 		return Container{}, false, err
@@ -72,6 +73,37 @@ func (s *Store) Create(ctx context.Context, o CreateOptions) (Container, bool, e
 	s.noteExpiry(o.Name, rec.body.Expires)
 	s.hub.emit(EventCreate, rec.Ref(), o.Image)
 	return s.describeContainer(rec), true, nil
+}
+
+// differs says in what a container is not the one that is asked for.
+func (c *containerBody) differs(o CreateOptions) string {
+	var list []string
+	say := func(differ bool, format string, a ...any) {
+		if differ {
+			list = append(list, fmt.Sprintf(format, a...))
+		}
+	}
+	sized := func(n int64) string {
+		if n == 0 {
+			return "the size of its image"
+		}
+		return fmt.Sprintf("%d bytes", n)
+	}
+	say(c.Image != o.Image, "with image %q, not %q", c.Image, o.Image)
+	say(c.AskedSize != o.SizeBytes, "made with %s, not %s", sized(c.AskedSize), sized(o.SizeBytes))
+	say(!maps.Equal(c.Labels, o.Labels), "with labels %v, not %v", printable(c.Labels), printable(o.Labels))
+	say(c.TTL != o.TTL, "with time to live %v, not %v", c.TTL, o.TTL)
+	say(c.Owner != o.Owner, "owned by %q, not %q", c.Owner, o.Owner)
+	return strings.Join(list, "; ")
+}
+
+// printable are labels as somebody writes them: k=v, in order.
+func printable(labels map[string]string) []string {
+	list := []string{}
+	for _, k := range slices.Sorted(maps.Keys(labels)) {
+		list = append(list, shorten(k+"="+labels[k]))
+	}
+	return list
 }
 
 // makeContainer takes the snapshot and registers it; with grow, only when the file system has

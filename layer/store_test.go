@@ -10,6 +10,7 @@ import (
 	"os"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 )
@@ -324,7 +325,12 @@ func TestInvalid(t *testing.T) {
 		t.Errorf("the same again: created %v, %v", created, err)
 	}
 	_, _, err = s.Create(ctx, CreateOptions{Name: "c", Image: "a", Labels: map[string]string{"x": "y"}})
-	wantErr(t, err, ErrExists, `"c"`)
+	wantErr(t, err, ErrExists, `container "c" already exists, with labels [], not [x=y]`)
+	_, _, err = s.Create(ctx, CreateOptions{Name: "c", Image: "b", SizeBytes: 8 << 30, TTL: time.Hour})
+	wantErr(t, err, ErrExists, `with image "a", not "b"; made with the size of its image, not 8589934592 bytes; with time to live 0s, not 1h0m0s`)
+	if strings.Contains(err.Error(), "labels") {
+		t.Errorf("error %q is about labels, which are the same", err)
+	}
 	if n := len(must[[]Container](t)(s.Containers(ctx, Filter{}))); n != 1 {
 		t.Errorf("%d containers, want 1", n)
 	}

@@ -3,6 +3,7 @@ package main
 import (
 	"fmt"
 	"strings"
+	"time"
 
 	"github.com/spf13/cobra"
 
@@ -21,6 +22,10 @@ func newSnapshotCmd() *cobra.Command {
 be in use: its file system is frozen for that moment. A snapshot takes no space until the
 container changes.
 
+If there is a snapshot of that name with the same labels, nothing is taken: its name is printed
+all the same, a line on stderr says since when it is there, and that is not an error, as with every
+command that makes something of a name.
+
 Go back to a snapshot with 'mica rollback'.`,
 		Example: `  mica snapshot web before-upgrade
   mica snapshot ls web
@@ -35,9 +40,13 @@ Go back to a snapshot with 'mica rollback'.`,
 			if len(args) == 2 {
 				in.Name = args[1]
 			}
-			v, _, err := connect().CreateSnapshot(cmd.Context(), in)
+			v, created, err := connect().CreateSnapshot(cmd.Context(), in)
 			if err != nil {
 				return err
+			}
+			if !created {
+				fmt.Fprintf(cmd.ErrOrStderr(), "mica: container %q has had a snapshot %q since %s; nothing was taken now\n",
+					v.Container, v.Name, v.Created.Format(time.RFC3339))
 			}
 			if asJSON {
 				return printJSON(cmd.OutOrStdout(), v)

@@ -76,6 +76,11 @@ func TestMainJob(t *testing.T) {
 	if out := b.mica("snapshot", "web", "one"); out != "one" {
 		t.Errorf("snapshot: %q", out)
 	}
+	// The same again takes nothing, and says so; another of the name is an error.
+	if out, stderr, code := b.try("snapshot", "web", "one"); code != 0 || out != "one\n" || !strings.Contains(stderr, `"one" since 20`) {
+		t.Errorf("a snapshot that is there: exit status %d, %q, %q", code, out, stderr)
+	}
+	b.fails("snapshot", "web", "one", "--label", "x=y")
 	b.write(dir+"/state", "two")
 	if out := b.mica("fork", "web", "f1", "f2"); out != "f1\nf2" {
 		t.Errorf("fork: %q", out)
