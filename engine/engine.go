@@ -119,6 +119,9 @@ type Thin interface {
 	dev.Extenter
 	dev.BlockSizer
 	dev.Trier
+	// WriteAtNoWait is WriteAt for a server whose requests may not all wait for space: where the
+	// engine can tell, it returns dev.ErrNoSpace instead of waiting.
+	WriteAtNoWait(p []byte, off int64) (int, error)
 	ID() thin.DevID
 	ReadOnly() bool
 	// Resize changes the length in bytes; growing needs no I/O.

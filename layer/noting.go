@@ -37,15 +37,8 @@ func (d *noting) hasFailed() bool {
 	return d.failed.Load() || ok && l.Lost()
 }
 
-// WriteAtNoWait is that of the device, where it has one: exports ask for it by name.
 func (d *noting) WriteAtNoWait(p []byte, off int64) (int, error) {
-	write := d.Thin.WriteAt
-	if w, ok := d.Thin.(interface {
-		WriteAtNoWait(p []byte, off int64) (int, error)
-	}); ok {
-		write = w.WriteAtNoWait
-	}
-	n, err := write(p, off)
+	n, err := d.Thin.WriteAtNoWait(p, off)
 	return n, d.note(err)
 }
 

@@ -346,6 +346,9 @@ func (t *Thin) WriteAt(p []byte, off int64) (int, error) {
 	return n, err
 }
 
+// WriteAtNoWait is WriteAt: whether a write would have to wait for space, only the kernel knows.
+func (t *Thin) WriteAtNoWait(p []byte, off int64) (int, error) { return t.WriteAt(p, off) }
+
 // TryReadAt and TryWriteAt: the kernel may always wait.
 func (t *Thin) TryReadAt([]byte, int64) error { return dev.ErrWouldBlock }
 

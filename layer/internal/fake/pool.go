@@ -353,6 +353,9 @@ func (t *Thin) ReadAt(b []byte, off int64) (int, error) {
 	return n, nil
 }
 
+// WriteAtNoWait is WriteAt: nothing waits for space here.
+func (t *Thin) WriteAtNoWait(p []byte, off int64) (int, error) { return t.WriteAt(p, off) }
+
 func (t *Thin) WriteAt(b []byte, off int64) (int, error) {
 	t.p.mu.Lock()
 	defer t.p.mu.Unlock()
