@@ -33,6 +33,9 @@ func (b *buffer) payload(n int) []byte { return b.mem[room : room+n : room+n] }
 // spareBuffers is how many unused buffers of each class are kept while some device is busy.
 var spareBuffers = [len(classes)]int{64, 32, 16}
 
+// spareSmall is how many of the smallest are kept for ever: attaching a device needs one.
+const spareSmall = 4
+
 // buffers hands out the buffers of a crew. When no device is busy the unused ones are given back to
 // the system. Safe for concurrent use.
 type buffers struct {
@@ -94,14 +97,19 @@ func (p *buffers) put(b *buffer) {
 	}
 }
 
-// trim gives the memory of all unused buffers back to the system.
+// trim gives the memory of unused buffers back to the system, but for a few of the small ones.
 func (p *buffers) trim() {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	for c, l := range p.free {
-		for _, b := range l {
+		keep := 0
+		if c == 0 {
+			keep = min(len(l), spareSmall)
+		}
+		for _, b := range l[keep:] {
 			unix.Munmap(b.mem)
 		}
-		p.free[c] = nil
+		clear(l[keep:])
+		p.free[c] = l[:keep]
 	}
 }

@@ -3,6 +3,7 @@ package fuse
 import (
 	"runtime"
 	"sync"
+	"sync/atomic"
 )
 
 // A crew is the threads that serve the devices of an exporter, and their buffers. A device takes a
@@ -13,6 +14,7 @@ import (
 // Lock order: a server's mu, then crew.mu.
 type crew struct {
 	bufs buffers
+	late atomic.Int64 // payload bytes of writes that wait for space beyond waiterBytes
 
 	mu    sync.Mutex
 	spare []*hand        // guarded by mu; threads that serve nobody, the last one first

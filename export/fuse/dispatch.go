@@ -101,11 +101,17 @@ func (s *server) write(r *request, b *buffer) (*buffer, error) {
 // delegate gives a request to a goroutine of its own and returns the buffer to go on with. The
 // longest writes take b with them, others are copied out of it: b is 1 MiB of locked memory.
 func (s *server) delegate(r *request, b *buffer, kind, bytes int) (*buffer, error) {
-	sl, refuse := s.slot(kind, bytes)
+	sl, refuse := s.slot(kind, bytes, false)
 	if refuse {
-		// Half of the places wait, maybe for space: this one does not.
-		s.writeAt(r, b, s.noWait.WriteAtNoWait)
-		return b, nil
+		// Many wait, maybe for space: if this one would have to, it needs a place among the late.
+		_, err := s.noWait.WriteAtNoWait(r.data, int64(r.off))
+		if errors.Is(err, dev.ErrNoSpace) {
+			sl, refuse = s.slot(kind, bytes, true)
+		}
+		if refuse {
+			s.written(r, b, err)
+			return b, nil
+		}
 	}
 	next := b
 	var err error
@@ -133,16 +139,19 @@ func (s *server) delegate(r *request, b *buffer, kind, bytes int) (*buffer, erro
 }
 
 // slot takes a place for a request that may wait, and waits for one if there is none. refuse:
-// the request is a write, half of the places are taken by writes, and the device can refuse.
-func (s *server) slot(kind, bytes int) (sl *slot, refuse bool) {
+// the request is a write and the device can refuse; and half of the places are taken by writes, or
+// they hold too much payload.
+//
+// late: the request is a write that the device has refused for want of space. Its payload counts
+// against what the exporter holds for all such writes.
+func (s *server) slot(kind, bytes int, late bool) (sl *slot, refuse bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for {
-		if kind == writes && s.noWait != nil && (s.waiting[writes] >= maxBackground/2 ||
-			s.held[writes]+bytes > waiterBytes) {
+		fits := kind < 0 || late || s.held[kind]+bytes <= waiterBytes
+		if kind == writes && s.noWait != nil && (s.waiting[writes] >= maxBackground/2 || !fits) {
 			return nil, true
 		}
-		fits := kind < 0 || s.held[kind]+bytes <= waiterBytes
 		if fits && len(s.slots) > 0 {
 			sl = s.slots[len(s.slots)-1]
 			s.slots = s.slots[:len(s.slots)-1]
@@ -156,10 +165,17 @@ func (s *server) slot(kind, bytes int) (sl *slot, refuse bool) {
 		}
 		s.cond.Wait()
 	}
-	sl.kind, sl.bytes = kind, bytes
+	if late && s.crew.late.Add(int64(bytes)) > lateBytes {
+		s.crew.late.Add(-int64(bytes))
+		s.slots = append(s.slots, sl)
+		return nil, true
+	}
+	sl.kind, sl.bytes, sl.late = kind, bytes, late
 	if kind >= 0 {
-		s.held[kind] += bytes
 		s.waiting[kind]++
+	}
+	if kind >= 0 && !late {
+		s.held[kind] += bytes
 	}
 	return sl, false
 }
@@ -167,8 +183,12 @@ func (s *server) slot(kind, bytes int) (sl *slot, refuse bool) {
 func (s *server) release(sl *slot) {
 	s.mu.Lock()
 	if sl.kind >= 0 {
-		s.held[sl.kind] -= sl.bytes
 		s.waiting[sl.kind]--
+	}
+	if sl.late {
+		s.crew.late.Add(-int64(sl.bytes))
+	} else if sl.kind >= 0 {
+		s.held[sl.kind] -= sl.bytes
 	}
 	sl.buf, sl.req = nil, request{}
 	s.slots = append(s.slots, sl)
@@ -191,7 +211,8 @@ func (s *server) work(sl *slot) {
 		}
 		s.reply(b, r.unique, errnoOf(err), n)
 	case opWrite:
-		s.writeAt(r, b, s.d.WriteAt)
+		_, err := s.d.WriteAt(r.data, int64(r.off))
+		s.written(r, b, err)
 	case opFsync:
 		s.reply(b, r.unique, errnoOf(s.d.Flush()), 0)
 	case opFallocate:
@@ -209,8 +230,9 @@ func (s *server) work(sl *slot) {
 	s.release(sl)
 }
 
-func (s *server) writeAt(r *request, b *buffer, write func([]byte, int64) (int, error)) {
-	if _, err := write(r.data, int64(r.off)); err != nil {
+// written answers a write.
+func (s *server) written(r *request, b *buffer, err error) {
+	if err != nil {
 		s.reply(b, r.unique, errnoOf(err), 0)
 		return
 	}

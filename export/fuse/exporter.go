@@ -195,16 +195,8 @@ func (e *Exporter) Attach(ctx context.Context, name string, d dev.Device, o expo
 }
 
 func (e *Exporter) attach(ctx context.Context, name string, d dev.Device, o export.AttachOptions) (_ *attachment, err error) {
-	if e.keep != nil {
-		if _, err := e.keep.record(name); err == nil {
-			return nil, fmt.Errorf("survivor of that name: %w", export.ErrExists)
-		}
-	}
 	dir := e.mountDir(name)
-	if err := e.cleanDir(name); err != nil {
-		return nil, err
-	}
-	if err := os.Mkdir(dir, 0o700); err != nil {
+	if err := e.makeDir(name); err != nil {
 		return nil, err
 	}
 	fd, err := mountFuse(dir, "mica", o.ReadOnly)
@@ -263,6 +255,25 @@ func (e *Exporter) attach(ctx context.Context, name string, d dev.Device, o expo
 		return nil, err
 	}
 	return a, nil
+}
+
+// makeDir makes the mount point of a new attachment. Whatever is left of another one of that name,
+// here or in the holder, has a directory: without it there is nothing to look for.
+func (e *Exporter) makeDir(name string) error {
+	dir := e.mountDir(name)
+	err := os.Mkdir(dir, 0o700)
+	if !errors.Is(err, os.ErrExist) {
+		return err
+	}
+	if e.keep != nil {
+		if _, err := e.keep.record(name); err == nil {
+			return fmt.Errorf("survivor of that name: %w", export.ErrExists)
+		}
+	}
+	if err := e.cleanDir(name); err != nil {
+		return err
+	}
+	return os.Mkdir(dir, 0o700)
 }
 
 // attachLoop waits for the loop device. If ctx ends first, the connection is ended, so that the

@@ -79,17 +79,24 @@ func abort(dir string) {
 // unmount takes our mount from dir, also while it is in use, and removes dir. A loop device on
 // its file must be gone, or its backing file can no longer be told.
 func unmount(dir string) error {
-	for mounted(dir) {
+	for {
 		err := unix.Unmount(dir, unix.UMOUNT_NOFOLLOW)
 		if err == unix.EBUSY {
 			// Somebody stands in it. Nothing depends on it any more.
 			err = unix.Unmount(dir, unix.UMOUNT_NOFOLLOW|unix.MNT_DETACH)
 		}
-		if err == unix.EINVAL {
-			break // gone in the meantime
+		if err == unix.EINVAL || err == unix.ENOENT {
+			break // there is none
 		}
 		if err != nil {
 			return fmt.Errorf("unmount %s: %w", dir, err)
+		}
+		// The list of mounts is as long as there are devices: look only if the directory stays.
+		if err := os.Remove(dir); err == nil || os.IsNotExist(err) {
+			return nil
+		}
+		if !mounted(dir) {
+			break
 		}
 	}
 	if err := os.Remove(dir); err != nil && !os.IsNotExist(err) {

@@ -21,6 +21,11 @@ const (
 	maxBackground = 2 * queueDepth
 	// waiterBytes bounds the payload that waiting reads, and waiting writes, hold.
 	waiterBytes = 8 << 20
+	// lateBytes bounds the payload of all writes of an exporter that wait for space beyond that.
+	// The kernel has at most three quarters of a loop device's requests under way for write-back
+	// (its write-back throttling), of at most maxIO: one device fits, and its write-back waits as a
+	// whole, as it does on the kernel's own thin devices.
+	lateBytes = 128 << 20
 )
 
 // A spaceRefuser writes without waiting for space: it returns dev.ErrNoSpace where WriteAt
@@ -90,8 +95,9 @@ const (
 type slot struct {
 	req   request
 	buf   *buffer
-	bytes int // of payload, accounted in held
-	kind  int // reads, writes, or -1
+	bytes int  // of payload, accounted in held
+	kind  int  // reads, writes, or -1
+	late  bool // bytes are accounted in crew.late
 	run   func()
 }
 
