@@ -22,7 +22,7 @@ type Options struct {
 	SkipBlockZeroing  bool // a new block shows what the data device held, beside what is written
 	NoDiscardPassdown bool // freed blocks are not punched or discarded on the data device
 	// ErrorIfNoSpace fails writes that need a block when there is none. Otherwise they wait, at
-	// most NoSpaceTimeout (0: 60 s, negative: for ever) and at most MaxWaiters (0: 64) of one
+	// most NoSpaceTimeout (0: 60 s, negative: for ever) and at most MaxWaiters (0: 96) of one
 	// device at a time.
 	ErrorIfNoSpace bool
 	NoSpaceTimeout time.Duration
@@ -64,7 +64,7 @@ func (o *Options) setDefaults() {
 	def(&o.CommitInterval, time.Second)
 	def(&o.LockWait, 10*time.Second)
 	if o.MaxWaiters == 0 {
-		o.MaxWaiters = 64
+		o.MaxWaiters = 96
 	}
 	if o.JournalBytes == 0 {
 		o.JournalBytes = defaultJournal

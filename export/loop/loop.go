@@ -89,6 +89,7 @@ func Attach(ctx context.Context, c Config) (Device, error) {
 		}
 		err = configure(d.Node, backing, c)
 		if err == nil {
+			limitRequests(n)
 			return d, nil
 		}
 		last = fmt.Errorf("%s on %s: %w", d.Node, c.Backing, err)
@@ -98,6 +99,15 @@ func Attach(ctx context.Context, c Config) (Device, error) {
 		}
 	}
 	return Device{}, fmt.Errorf("no free loop device after %d attempts: %w", attempts, last)
+}
+
+// maxRequestKiB is the longest request of a device, so that one of it is one of the file system
+// under it: FUSE takes at most 1 MiB, the kernel's own limit here is 1.25.
+const maxRequestKiB = 1024
+
+// limitRequests sets it. Without sysfs it stays as the kernel has it, which costs some memory only.
+func limitRequests(n int) {
+	_ = os.WriteFile(sysfs(n)+"/queue/max_sectors_kb", []byte(strconv.Itoa(maxRequestKiB)), 0)
 }
 
 func openBacking(c Config) (int, error) {
