@@ -114,13 +114,21 @@ func (r *repairer) devices(x *finder, st *state) error {
 		if hasDetails {
 			m := d.MappedBlocks
 			line.Mapped = &m
+		} else if d, err = x.olderDetails(id); err != nil {
+			return err
 		} else {
+			note := "its details are lost: it is taken for as new as the pool"
+			if d.SnapshottedTime > 0 || d.CreationTime > 0 || d.TransactionID > 0 {
+				note = "its details are lost: those of an earlier state are taken"
+			} else {
+				d.TransactionID, d.CreationTime = r.trans, r.time
+			}
 			// Everything that was not mapped at the pool's time now is taken for shared.
-			d = thin.Details{TransactionID: r.trans, CreationTime: r.time, SnapshottedTime: r.time}
-			line.Notes = append(line.Notes, "its details are lost: it is taken for as old as the pool's last snapshot")
+			d.SnapshottedTime = r.time
+			line.Notes = append(line.Notes, note)
 		}
-		if slices.Contains(found, id) {
-			line.Notes = append(line.Notes, fmt.Sprintf("its entry in the device tree is lost: the tree in metadata block %d was found by its number of mappings", root))
+		if by := found[id]; by != "" {
+			line.Notes = append(line.Notes, fmt.Sprintf("its entry in the device tree is lost: the tree in metadata block %d was found by %s", root, by))
 		}
 		d.SnapshottedTime = min(d.SnapshottedTime, r.time)
 		d.CreationTime = min(d.CreationTime, d.SnapshottedTime)
@@ -134,6 +142,34 @@ func (r *repairer) devices(x *finder, st *state) error {
 		}
 	}
 	return nil
+}
+
+// olderDetails looks for the details of a device in the leaves that earlier states have left; of
+// several it takes those of the latest snapshot. Nothing of them counts but when it was made.
+func (x *finder) olderDetails(id thin.DevID) (d thin.Details, err error) {
+	s, err := x.scanned()
+	if err != nil {
+		return d, err
+	}
+	if s.details == nil {
+		s.details = map[thin.DevID]thin.Details{}
+		for loc := block.Loc(1); loc < x.f.n; loc++ {
+			if s.class[loc] != classDetails {
+				continue
+			}
+			n, err := readNode(x.f.cache, loc, thin.DetailsSize)
+			if err != nil {
+				continue
+			}
+			for i := range n.Len() {
+				v, k := thin.DecodeDetails(n.Value(i)), thin.DevID(n.Key(i))
+				if old, ok := s.details[k]; n.Key(i) <= uint64(thin.MaxDevID) && (!ok || v.SnapshottedTime > old.SnapshottedTime) {
+					s.details[k] = v
+				}
+			}
+		}
+	}
+	return s.details[id], nil
 }
 
 // overlap reports whether two trees lack the same keys.

@@ -1,6 +1,8 @@
 package repair
 
 import (
+	"errors"
+	"fmt"
 	"maps"
 	"slices"
 	"strings"
@@ -155,11 +157,22 @@ func TestBrokenDetails(t *testing.T) {
 	for _, id := range []thin.DevID{1, 10, 11, 12, 13, 500} {
 		want[id] = mappings(t, p.mem, id)
 	}
+	det := readDetailsTree(newForest(p.mem).cache, super(t, p.mem).DetailsRoot).details
 	smash(t, p.mem, super(t, p.mem).DetailsRoot)
 	r, out := repaired(t, p.mem, Options{})
 	if len(r.Devices) != 6 || !r.Complete {
 		t.Errorf("%s", text(t, r))
 	}
+	v, err := thin.OpenView(out)
+	p.must(err)
+	for id, d := range det {
+		got, err := v.Device(id)
+		p.must(err)
+		if got.CreationTime != d.CreationTime || got.TransactionID != d.TransactionID || got.SnapshottedTime < d.SnapshottedTime || got.MappedBlocks != d.MappedBlocks {
+			t.Errorf("thin %d: %+v, were %+v", id, got.Details, d)
+		}
+	}
+	oneWriter(t, out)
 	for id, m := range want {
 		if !maps.Equal(m, mappings(t, out, id)) {
 			t.Errorf("thin %d differs", id)
@@ -341,5 +354,202 @@ func TestNothingThere(t *testing.T) {
 	}
 	if !slices.Equal(readBlock(t, out, 0), make([]byte, block.Size)) {
 		t.Error("block 0 was written")
+	}
+}
+
+// TestThinnedLeaves: mappings go everywhere in the trees, few or nearly all, so that leaves must be
+// brought together. Exactly those stay whose data block exists.
+func TestThinnedLeaves(t *testing.T) {
+	p := newPool(t, 14, 2048, 40000)
+	p.fill(8)
+	was := map[thin.DevID]map[thin.VBlock]thin.Mapping{}
+	for _, id := range []thin.DevID{1, 10, 14, 17, 500} {
+		was[id] = mappings(t, p.mem, id)
+	}
+	for _, left := range []uint64{39900, 36000, 30000, 20000, 13000, 8000, 2000, 300, 20, 1} {
+		r, out := repaired(t, p.mem, Options{DataBlocks: left})
+		for id, m := range was {
+			d := device(t, r, id)
+			var got map[thin.VBlock]thin.Mapping
+			if !d.Gone {
+				got = mappings(t, out, id)
+			}
+			lost := uint64(0)
+			for vb, e := range m {
+				g, ok := got[vb]
+				if ok != (uint64(e.Block) < left) || ok && g != e {
+					t.Fatalf("%d data blocks: thin %d block %d is mapped to %v (%v), was %v", left, id, vb, g, ok, e)
+				}
+				if !ok {
+					lost++
+				}
+			}
+			if d.Kept != uint64(len(got)) || uint64(len(d.Lost)) != lost || d.Gone != (len(got) == 0) {
+				t.Fatalf("%d data blocks: thin %d: %d kept, %d ranges lost, want %d and %d", left, id, d.Kept, len(d.Lost), len(got), lost)
+			}
+		}
+	}
+}
+
+// TestReportForms holds the texts that people and programs read.
+func TestReportForms(t *testing.T) {
+	n := uint64(100)
+	r := &Report{Superblock: "metadata block 0: superblock checksum 0x1, want 0x2", From: FromSearch, MappingRoot: 5, DetailsRoot: 6,
+		Candidates: []Candidate{{5, 6, 3, true}, {7, 8, 3, false}}, Trees: []string{"device tree: devices 7 to 9: metadata block 4: unreadable"},
+		UnknownDevices: true, Conflicts: 2, SnapshotDropped: true, TransactionID: 9, TransactionGuessed: true, Time: 3, DataBlockSize: 65536, DataBlocks: 1000,
+		Devices: []Device{
+			{ID: 1, Mapped: &n, Kept: 90, Lost: []LostRange{{Range{10, 20}, "metadata block 9: b-tree node checksum 0x5, want 0x6"}, {Range{30, 31}, "x"}, {Range{40, 0}, "y"}}},
+			{ID: 2, Mapped: &n, Gone: true, Lost: []LostRange{{Why: "its entry in the device tree cannot be read"}}},
+			{ID: 3, Mapped: &n, Kept: 100},
+			{ID: 4, Kept: 5, Lost: []LostRange{{Range{1, 2}, "z"}}, Notes: []string{"a note"}},
+		}}
+	want := `superblock: metadata block 0: superblock checksum 0x1, want 0x2
+devices found by: search (device tree in metadata block 5, details in 6)
+2 states are equally new as far as can be told; others can be chosen with --mapping-root and --details-root:
+  device tree 5, details 6, 3 devices, chosen
+  device tree 7, details 8, 3 devices
+device tree: devices 7 to 9: metadata block 4: unreadable
+thin 1: 90 of 100 mapped blocks kept
+  lost: virtual blocks 10 to 19: metadata block 9: b-tree node checksum 0x5, want 0x6
+  lost: virtual block 30: x
+  lost: virtual blocks from 40 on: y
+thin 2: gone, with 100 mapped blocks
+  lost: all virtual blocks: its entry in the device tree cannot be read
+thin 4: 5 of an unknown number of mapped blocks kept
+  lost: virtual block 1: z
+  a note
+2 data blocks were claimed by several owners in contradiction: they stay with the newest claim, or are treated as shared
+the metadata snapshot is dropped
+there may have been other devices, of which nothing is known
+transaction id 9 (the least that it can be), time 3, 1000 data blocks of 65536 bytes
+4 devices: 1 whole, 2 damaged, 1 gone; 110 mapped blocks are lost
+`
+	if got := text(t, r); got != want {
+		t.Errorf("%s\nwant\n%s", got, want)
+	}
+	var js strings.Builder
+	if err := r.WriteJSON(&js); err != nil {
+		t.Fatal(err)
+	}
+	for _, w := range []string{`"from": "search"`, `"begin": 10`, `"end": 20`, `"gone": true`, `"complete": false`, `"metadata_snapshot_dropped": true`, `"mapped_blocks": 100`} {
+		if !strings.Contains(js.String(), w) {
+			t.Errorf("JSON lacks %s:\n%s", w, js.String())
+		}
+	}
+}
+
+// TestManyDevices: the trees of devices have several leaves; a broken one of either costs what no
+// other place tells, and the report names the range.
+func TestManyDevices(t *testing.T) {
+	p := newPool(t, 15, 2048, 40000)
+	p.must(p.m.CreateThin(1))
+	p.write(1, 0, 300, 1)
+	for id := thin.DevID(2); id < 600; id++ {
+		p.must(p.m.CreateSnap(id, 1))
+		if id%50 == 0 {
+			p.write(id, 1000, int(id)/10, 1)
+			p.commit()
+		}
+	}
+	p.commit()
+	sb := super(t, p.mem)
+	for _, c := range []struct {
+		name string
+		root block.Loc
+		want string
+	}{{"device tree", sb.MappingRoot, "device tree: devices "}, {"details tree", sb.DetailsRoot, "details tree: devices "}} {
+		mem := p.mem.Clone()
+		size := 8
+		if c.name == "details tree" {
+			size = thin.DetailsSize
+		}
+		n, err := readNode(newForest(mem).cache, c.root, size)
+		p.must(err)
+		if n.Leaf() {
+			t.Fatalf("the %s has one leaf", c.name)
+		}
+		smash(t, mem, n.Child(1))
+		r, out := repaired(t, mem, Options{})
+		want := fmt.Sprintf("%s: devices %d to %d: metadata block %d: ", c.name, n.Key(1), n.Key(2)-1, n.Child(1))
+		if n.Len() == 2 {
+			want = fmt.Sprintf("%s: devices from %d on: metadata block %d: ", c.name, n.Key(1), n.Child(1))
+		}
+		if len(r.Trees) != 1 || !strings.HasPrefix(r.Trees[0], want) || r.UnknownDevices || len(r.Devices) != 599 {
+			t.Errorf("%d devices, %q, want %q", len(r.Devices), r.Trees, want)
+		}
+		_, gone, _ := r.totals()
+		t.Logf("%s: %d of %d devices gone", c.name, gone, len(r.Devices))
+		if c.name == "details tree" && (gone > 0 || !r.Complete) {
+			t.Errorf("%s", text(t, r))
+		}
+		oneWriter(t, out)
+
+		// Both at once: of these devices nobody knows.
+		o, err := readNode(newForest(mem).cache, sb.MappingRoot+sb.DetailsRoot-c.root, 8+thin.DetailsSize-size)
+		p.must(err)
+		i := 0
+		for i+1 < o.Len() && o.Key(i+1) <= n.Key(1) {
+			i++
+		}
+		smash(t, mem, o.Child(i))
+		if r, _ := repaired(t, mem, Options{}); !r.UnknownDevices || r.Complete {
+			t.Errorf("%s", text(t, r))
+		}
+	}
+}
+
+// TestBadSectors: blocks that the device cannot read are as good as broken ones.
+func TestBadSectors(t *testing.T) {
+	p := newPool(t, 16, 2048, 40000)
+	p.fill(4)
+	leaf, lost := childOf(t, p.mem, rootOf(t, p.mem, 1), 2)
+	f := dev.NewFault(p.mem)
+	f.Add(dev.Rule{Ops: dev.OpRead, Off: int64(leaf) * block.Size, Len: block.Size})
+	f.Add(dev.Rule{Ops: dev.OpRead, Off: int64(super(t, p.mem).MappingRoot) * block.Size, Len: block.Size})
+	out := dev.NewMem(p.mem.Size())
+	r, err := Repair(f, out, Options{})
+	p.must(err)
+	sound(t, out)
+	if d := device(t, r, 1); d.Gone || len(d.Lost) != 1 || d.Lost[0].Range != lost || !strings.Contains(d.Lost[0].Why, "injected") {
+		// Its tree has a hole, so that it is not found by its number of mappings.
+		if !d.Gone {
+			t.Errorf("%+v", d)
+		}
+	}
+	if d := device(t, r, 500); !d.whole() {
+		t.Errorf("%+v", d)
+	}
+	f.Clear()
+	f.Add(dev.Rule{Ops: dev.OpRead, Off: 0, Len: block.Size})
+	if r, err := Repair(f, nil, Options{DataBlockSize: blockSize, DataBytes: 40000 * blockSize}); err != nil || r.From != FromSearch || !strings.Contains(r.Superblock, "cannot be read") {
+		t.Errorf("%+v %v", r, err)
+	}
+	stop := errors.New("enough")
+	if _, err := Repair(f, nil, Options{DataBlockSize: blockSize, DataBytes: 40000 * blockSize,
+		Progress: func(string, uint64, uint64) error { return stop }}); !errors.Is(err, stop) {
+		t.Errorf("%v", err)
+	}
+}
+
+// TestOutputFails: whatever cannot be written, no pool is there afterwards.
+func TestOutputFails(t *testing.T) {
+	p := newPool(t, 17, 1024, 20000)
+	p.fill(2)
+	leaf, _ := childOf(t, p.mem, rootOf(t, p.mem, 1), 2)
+	smash(t, p.mem, leaf)
+	for skip := 0; ; skip++ {
+		mem := dev.NewMem(p.mem.Size())
+		f := dev.NewFault(mem)
+		f.Add(dev.Rule{Ops: dev.OpWrite | dev.OpFlush, Skip: skip, Times: 1})
+		_, err := Repair(p.mem, f, Options{})
+		if err == nil {
+			if skip < 5 {
+				t.Errorf("only %d writes", skip)
+			}
+			break
+		}
+		if _, err := thin.OpenView(mem); !errors.Is(err, thin.ErrNoPool) {
+			t.Fatalf("write %d failed, and yet: %v", skip, err)
+		}
 	}
 }

@@ -25,6 +25,8 @@ type scan struct {
 	f      *forest
 	class  []uint8
 	supers []block.Loc
+	// details are the newest of each device in any leaf of a details tree; nil: not gathered yet.
+	details map[thin.DevID]thin.Details
 }
 
 // newScan reads all blocks.

@@ -132,8 +132,8 @@ type resolver struct {
 }
 
 // resolve adds to the device tree what it finds for the ids that have details but no root. It
-// returns the devices that it found.
-func (x *finder) resolve(st *state) ([]thin.DevID, error) {
+// returns the devices that it found, and by what.
+func (x *finder) resolve(st *state) (map[thin.DevID]string, error) {
 	var lost []thin.DevID
 	for id := range st.det.details {
 		if _, ok := st.top.roots[id]; !ok {
@@ -149,13 +149,13 @@ func (x *finder) resolve(st *state) ([]thin.DevID, error) {
 	}
 	r := resolver{x: x, named: map[thin.DevID][]block.Loc{}, used: x.usedBlocks(st)}
 	r.gather(st)
-	var found []thin.DevID
+	found := map[thin.DevID]string{}
 	taken := map[block.Loc]bool{}
 	for _, id := range lost {
 		if root, ok := r.byName(id, st.det.details[id]); ok {
 			st.top.roots[id] = root
 			taken[root] = true
-			found = append(found, id)
+			found[id] = "an earlier version of the entry"
 		}
 	}
 	// What is left goes by the number of mappings, if that fits only one tree and one device.
@@ -175,10 +175,9 @@ func (x *finder) resolve(st *state) ([]thin.DevID, error) {
 	for _, id := range lost {
 		if l := fits[id]; len(l) == 1 && users[l[0]] == 1 {
 			st.top.roots[id] = l[0]
-			found = append(found, id)
+			found[id] = "its number of mappings alone"
 		}
 	}
-	slices.Sort(found)
 	return found, nil
 }
 
