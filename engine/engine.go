@@ -6,6 +6,7 @@ package engine
 import (
 	"context"
 	"errors"
+	"time"
 
 	"mica/dev"
 	"mica/thin"
@@ -108,6 +109,10 @@ type OpenOptions struct {
 	// ExternalOrigin, if not nil, is read where nothing is mapped. It must not change while
 	// it is used, and is not closed with the thin device.
 	ExternalOrigin dev.Device
+	// SpaceWait bounds how long writes of this handle wait for data blocks, from the moment at which
+	// the first one has to; 0: as long as the pool's options say. Devices of the kernel engine wait as
+	// their pool does.
+	SpaceWait time.Duration
 }
 
 // A Thin is an opened thin device. Close it before its pool. In addition to dev.Device it

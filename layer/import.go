@@ -120,6 +120,9 @@ func (s *Store) applyLayer(ctx context.Context, spec LayerSpec, r io.Reader) (re
 	if err != nil {
 		return rec, err
 	}
+	if err := s.admitWork(ctx); err != nil {
+		return rec, err
+	}
 	ids, err := s.cat.Alloc(ctx, 1)
 	if err != nil {
 		return rec, s.wrap(err)
@@ -153,6 +156,20 @@ func (s *Store) applyLayer(ctx context.Context, spec LayerSpec, r io.Reader) (re
 	return rec, s.step(ctx, catalog.Step{
 		Consume: ids, Apply: func(tx *catalog.Tx) error { return put(tx, rec) },
 	}, []catalog.Record{rec.Record}, nil)
+}
+
+// admitWork refuses what would only fill a full pool: at once, unless something is being deleted.
+func (s *Store) admitWork(ctx context.Context) error {
+	err := s.admit(ctx)
+	if err == nil || len(s.Queue()) == 0 {
+		return err
+	}
+	wctx, cancel := context.WithTimeout(ctx, workSpaceWait)
+	defer cancel()
+	if werr := s.WaitQueue(wctx); werr != nil && ctx.Err() != nil {
+		return ctx.Err()
+	}
+	return s.admit(ctx)
 }
 
 func (b *deviceBody) setOwn(n int64) {

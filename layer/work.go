@@ -65,12 +65,16 @@ func (s *Store) noSpace(ctx context.Context, err error) error {
 	return err
 }
 
+// workSpaceWait is how long an operation waits for space in the pool: what extends a pool by itself has
+// done so by then, and the operation can be repeated.
+const workSpaceWait = 5 * time.Second
+
 func (s *Store) openWork(ctx context.Context, id thin.DevID, size int64, readOnly bool) (*work, error) {
 	s.mu.Lock()
 	s.workSeq++
 	name := fmt.Sprintf("%s-w%d-%d-%d", s.prefix(), id, time.Now().UnixNano()/1e6%1e9, s.workSeq)
 	s.mu.Unlock()
-	t, err := s.pool.Open(ctx, id, engine.OpenOptions{SizeBytes: size, ReadOnly: readOnly})
+	t, err := s.pool.Open(ctx, id, engine.OpenOptions{SizeBytes: size, ReadOnly: readOnly, SpaceWait: workSpaceWait})
 	if err != nil {
 		return nil, err
 	}

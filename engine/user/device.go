@@ -112,7 +112,7 @@ func (p *Pool) open(id thin.DevID, o engine.OpenOptions) (*Thin, error) {
 	d.table.reach(uint64((o.SizeBytes + p.bs - 1) / p.bs))
 	d.refs++
 	d.writer = d.writer || !o.ReadOnly
-	t := &Thin{p: p, d: d, bs: p.bs, readOnly: o.ReadOnly, origin: o.ExternalOrigin, closing: make(chan struct{})}
+	t := &Thin{p: p, d: d, bs: p.bs, readOnly: o.ReadOnly, origin: o.ExternalOrigin, spaceWait: o.SpaceWait, closing: make(chan struct{})}
 	t.size.Store(o.SizeBytes)
 	return t, nil
 }

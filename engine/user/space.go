@@ -246,6 +246,8 @@ func (p *Pool) waitData(t *Thin, host error, seq uint64, noWait bool) error {
 		refuse = fmt.Sprintf("since %v", p.opts.NoSpaceTimeout)
 	case int(t.d.waiting.Load()) >= p.opts.MaxWaiters:
 		refuse = fmt.Sprintf("%d writes of this device wait already", t.d.waiting.Load())
+	case t.spaceWait > 0 && !time.Now().Before(t.outUntil(s.since)):
+		refuse = fmt.Sprintf("since %v", t.spaceWait)
 	case noWait:
 		refuse = "too much waits in front of this device already"
 	}
@@ -264,11 +266,16 @@ func (p *Pool) waitData(t *Thin, host error, seq uint64, noWait bool) error {
 		s.mu.Unlock()
 	}()
 
-	var expire, retry <-chan time.Time
+	var expire, own, retry <-chan time.Time
 	if p.opts.NoSpaceTimeout > 0 {
 		timer := time.NewTimer(time.Until(since.Add(p.opts.NoSpaceTimeout)))
 		defer timer.Stop()
 		expire = timer.C
+	}
+	if t.spaceWait > 0 {
+		timer := time.NewTimer(time.Until(t.outUntil(since)))
+		defer timer.Stop()
+		own = timer.C
 	}
 	if host != nil {
 		timer := time.NewTimer(min(time.Second, p.opts.CommitInterval))
@@ -282,6 +289,8 @@ func (p *Pool) waitData(t *Thin, host error, seq uint64, noWait bool) error {
 		return p.failed()
 	case <-t.closing:
 		return fmt.Errorf("thin %d: write that waits for space: %w", t.d.id, dev.ErrClosed)
+	case <-own:
+		return p.noSpaceError(t, host, fmt.Sprintf("waited %v", t.spaceWait))
 	case <-expire:
 	}
 	s.mu.Lock()
@@ -294,6 +303,17 @@ func (p *Pool) waitData(t *Thin, host error, seq uint64, noWait bool) error {
 		return nil
 	}
 	return p.noSpaceError(t, host, fmt.Sprintf("waited %v", p.opts.NoSpaceTimeout))
+}
+
+// outUntil is when writes of a handle that waits for a time of its own have waited long enough in
+// the state that began at since.
+func (t *Thin) outUntil(since time.Time) time.Time {
+	t.outMu.Lock()
+	defer t.outMu.Unlock()
+	if !t.outState.Equal(since) {
+		t.outState, t.outSince = since, time.Now()
+	}
+	return t.outSince.Add(t.spaceWait)
 }
 
 func (p *Pool) noSpaceError(t *Thin, host error, why string) error {

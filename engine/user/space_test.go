@@ -143,6 +143,37 @@ func TestFullPoolTimesOut(t *testing.T) {
 	}
 }
 
+// TestSpaceWait: a handle may wait for a shorter time than the pool, counted from its first write that
+// has to, and ends nobody else's wait.
+func TestSpaceWait(t *testing.T) {
+	tp, h := fullPool(t, 8, still)
+	g := tp.thinWith(2, engine.OpenOptions{SizeBytes: 1 << 20, SpaceWait: 50 * time.Millisecond})
+	tp.create(5)
+	other := tp.waitingWrite(tp.thin(5, 1<<20), 0)
+	begin := time.Now()
+	if _, err := g.WriteAt(fill(1, 4096), 0); !errors.Is(err, dev.ErrNoSpace) || !strings.Contains(err.Error(), "waited 50ms") {
+		t.Errorf("write: %v, want ErrNoSpace after 50 ms", err)
+	}
+	if d := time.Since(begin); d < 50*time.Millisecond {
+		t.Errorf("the write failed after %v", d)
+	}
+	if _, err := g.WriteAt(fill(1, 4096), block); !errors.Is(err, dev.ErrNoSpace) || !strings.Contains(err.Error(), "since 50ms") {
+		t.Errorf("the next write: %v, want ErrNoSpace at once", err)
+	}
+	select {
+	case err := <-other:
+		t.Fatalf("another device's write: %v", err)
+	default:
+	}
+	must(t, h.Discard(0, 2*block))
+	must(t, h.Flush())
+	must(t, <-other)
+	write(t, g, fill(1, 4096), 0)
+	if _, err := g.WriteAt(fill(1, 4096), block); !errors.Is(err, dev.ErrNoSpace) || !strings.Contains(err.Error(), "waited 50ms") {
+		t.Errorf("write in the next state: %v, want ErrNoSpace after 50 ms again", err)
+	}
+}
+
 func TestWaitersAreBounded(t *testing.T) {
 	tp, h := fullPool(t, 8, Options{MaxWaiters: 3, CommitInterval: time.Hour})
 	g := tp.thin(2, 1<<20)

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"mica/dev"
 	"mica/engine"
@@ -19,6 +20,11 @@ type Thin struct {
 	readOnly bool
 	origin   dev.Device   // external origin, or nil
 	size     atomic.Int64 // bytes
+
+	spaceWait time.Duration // 0: the pool's
+	outMu     sync.Mutex
+	outState  time.Time // guarded by outMu: the beginning of the state to which outSince belongs
+	outSince  time.Time // guarded by outMu: when a write of this handle had to wait first
 
 	closed    atomic.Bool
 	closing   chan struct{} // closed when Close begins
