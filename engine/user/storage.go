@@ -1,6 +1,7 @@
 package user
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -189,9 +190,11 @@ func (f *formatter) run(ctx context.Context) (err error) {
 		return err
 	}
 	// A journal of what was there before is worth nothing from here on, and must not meet a pool
-	// that looks like that one.
-	if err := DiscardJournal(f.l); err != nil {
-		return err
+	// that looks like that one. One that is refused keeps its own.
+	if f.o.Force || f.empty() {
+		if err := DiscardJournal(f.l); err != nil {
+			return err
+		}
 	}
 	err = thin.Format(f.meta, thin.FormatOptions{DataBlockSize: f.o.BlockSize, DataBlocks: uint64(dataBytes / f.o.BlockSize), Force: f.o.Force})
 	if err != nil {
@@ -204,6 +207,13 @@ func (f *formatter) run(ctx context.Context) (err error) {
 		return dev.SyncDir(filepath.Dir(filepath.Clean(f.l.Dir)))
 	}
 	return nil
+}
+
+// empty reports whether there is nothing on the metadata device, as thin.Format wants it.
+func (f *formatter) empty() bool {
+	b := make([]byte, 4096)
+	_, err := f.meta.ReadAt(b, 0)
+	return err == nil && bytes.Count(b, []byte{0}) == len(b)
 }
 
 // dataBytes is the length of a new data file.

@@ -781,6 +781,41 @@ func TestFormatDiscards(t *testing.T) {
 	must(t, v.Close())
 }
 
+// TestRefusedFormatKeepsJournal: a pool in two files that is not made anew after all keeps what waits
+// for it.
+func TestRefusedFormatKeepsJournal(t *testing.T) {
+	dir := shm(t)
+	l := Location{Data: filepath.Join(dir, "d"), Metadata: filepath.Join(dir, "m")}
+	o := FormatOptions{DataBytes: 64 << 20, MetadataBytes: 4 << 20}
+	must(t, Format(ctx, l, o))
+	p, err := Open(ctx, l, Options{Logger: quiet, CommitInterval: time.Hour})
+	must(t, err)
+	must(t, p.CreateThin(ctx, 1))
+	d := &dyingPool{t: t, l: l, p: p, size: 1 << 20}
+	write(t, d.thin(1), fill(1, blk), 0)
+	d.die()
+	if err := Format(ctx, l, o); !errors.Is(err, thin.ErrExists) {
+		t.Errorf("format over a pool: %v", err)
+	}
+	o.Force, o.BlockSize = true, 64<<10
+	l2 := l
+	l2.Data = filepath.Join(dir, "short")
+	must(t, os.WriteFile(l2.Data, make([]byte, 4096), 0o600))
+	if err := Format(ctx, l2, o); err == nil {
+		t.Error("a data file of 4096 bytes was taken")
+	}
+	if w, err := JournalWaiting(l); err != nil || w == nil || w.Entries != 1 {
+		t.Errorf("waiting: %+v, %v", w, err)
+	}
+	p, err = Open(ctx, l, Options{Logger: quiet})
+	must(t, err)
+	h, err := p.Open(ctx, 1, engine.OpenOptions{SizeBytes: 1 << 20})
+	must(t, err)
+	wantBytes(t, h, 1, blk, 0)
+	must(t, h.Close())
+	must(t, p.Close())
+}
+
 // TestBlockDevicesTakenOver: a pool on block devices is known by the number of its metadata device,
 // under whatever name it is opened.
 func TestBlockDevicesTakenOver(t *testing.T) {
