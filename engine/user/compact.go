@@ -3,6 +3,7 @@ package user
 import (
 	"errors"
 	"fmt"
+	"slices"
 	"sync"
 	"sync/atomic"
 
@@ -106,11 +107,15 @@ func (p *Pool) compact(t uint32) (err error) {
 }
 
 // finishCompaction gives devices and pool their new times, in the trees and in memory. The caller
-// holds applyMu; the gates of devs, which are all, are closed.
+// holds applyMu; the gates of devs, which were all when it began, are closed.
 func (p *Pool) finishCompaction(c *thin.Compaction, devs []*device) error {
 	if err := c.Finish(); err != nil {
 		return err
 	}
+	// Those that were closed meanwhile have nothing in memory, and may have been deleted.
+	p.mu.Lock()
+	devs = slices.DeleteFunc(slices.Clone(devs), func(d *device) bool { return p.devices[d.id] != d })
+	p.mu.Unlock()
 	if err := p.refreshSnapTimes(devs); err != nil {
 		return err
 	}

@@ -3,6 +3,7 @@ package user
 import (
 	"bytes"
 	"errors"
+	"sync"
 	"testing"
 	"time"
 
@@ -175,4 +176,55 @@ func TestCompactionFails(t *testing.T) {
 		h.Close()
 		tp.close()
 	}
+}
+
+// TestDeletedDuringCompaction: a device that was open when a compaction began is closed and deleted
+// while it is under way. That is no reason for the pool to fail.
+func TestDeletedDuringCompaction(t *testing.T) {
+	const bs = 64 << 10
+	var tp *testPool
+	var two *Thin
+	var once sync.Once
+	deleted := make(chan error, 1)
+	step := func(name string) {
+		if name != "committed" {
+			return
+		}
+		if tp.p.compaction.mu.TryLock() { // none is under way
+			tp.p.compaction.mu.Unlock()
+			return
+		}
+		once.Do(func() {
+			go func() { deleted <- errors.Join(two.Close(), tp.p.Delete(ctx, 2)) }()
+			eventually(t, "thin 2 is gone", func() bool {
+				_, err := tp.p.meta.Details(2)
+				return errors.Is(err, thin.ErrNotFound)
+			})
+		})
+	}
+	tp = newPool(t, poolSize{}, Options{Logger: quiet, CommitInterval: time.Hour})
+	for id := range thin.DevID(3) {
+		tp.create(id + 1)
+		h := tp.thin(id+1, 4<<20)
+		write(t, h, fill('a', bs), 0)
+		must(t, h.Close())
+	}
+	tp.close()
+	tp.metaMem = tp.metaMem.Clone()
+	setTime(t, tp.metaMem, thin.MaxTime-1)
+	tp.open()
+	one := tp.thin(1, 4<<20)
+	two = tp.thin(2, 4<<20)
+	write(t, one, fill('b', bs), bs)
+	tp.p.opts.step = step
+	must(t, tp.p.CreateSnap(ctx, 4, 1))
+	must(t, <-deleted)
+	must(t, tp.p.failed())
+	tp.p.opts.step = nil
+	if s := tp.status(); s.Time > 3 || s.Mode != "rw" {
+		t.Errorf("%+v", s)
+	}
+	write(t, one, fill('c', bs), 2*bs)
+	must(t, one.Close())
+	tp.reopen()
 }
