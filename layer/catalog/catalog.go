@@ -69,6 +69,8 @@ type Options struct {
 	// Fault, if not nil, is called at named points. An error there is a crash: the catalog does
 	// nothing more, as if the process had died. For tests.
 	Fault func(point string) error
+
+	lastID thin.DevID // the last id that may be handed out, for tests; 0: thin.MaxDevID
 }
 
 // A Catalog is one open catalog. Safe for concurrent use.
@@ -118,6 +120,9 @@ func Open(ctx context.Context, o Options) (*Catalog, error) {
 	}
 	if o.Logger == nil {
 		o.Logger = slog.Default()
+	}
+	if o.lastID == 0 {
+		o.lastID = thin.MaxDevID
 	}
 	if err := makeFile(o.Path); err != nil {
 		return nil, fmt.Errorf("catalog %s: %w", o.Path, err)

@@ -28,6 +28,9 @@ func (c *Catalog) Alloc(ctx context.Context, n int) ([]thin.DevID, error) {
 	if short := n - len(c.free); short > 0 {
 		var err error
 		if want, err = c.pickLocked(max(short+c.coming, reserveBatch)); err != nil && len(want) < short {
+			for _, id := range want { // too few: they are for somebody who needs no more
+				delete(c.taken, id)
+			}
 			c.mu.Unlock()
 			return nil, err
 		}
@@ -60,22 +63,23 @@ func (c *Catalog) Alloc(ctx context.Context, n int) ([]thin.DevID, error) {
 func (c *Catalog) pickLocked(n int) ([]thin.DevID, error) {
 	var ids []thin.DevID
 	id := c.next
-	for tried := thin.DevID(0); tried <= thin.MaxDevID-FirstID && len(ids) < n; tried++ {
+	for tried := thin.DevID(0); tried <= c.o.lastID-FirstID && len(ids) < n; tried++ {
 		if _, ok := c.taken[id]; !ok {
 			ids = append(ids, id)
 			c.taken[id] = struct{}{}
 		}
-		id = nextAfter(id)
+		id = c.o.nextAfter(id)
 	}
 	c.next = id
 	if len(ids) < n {
-		return ids, fmt.Errorf("no free device id among %d", thin.MaxDevID-FirstID+1)
+		return ids, fmt.Errorf("no free device id among %d: remove something first", c.o.lastID-FirstID+1)
 	}
 	return ids, nil
 }
 
-func nextAfter(id thin.DevID) thin.DevID {
-	if id >= thin.MaxDevID {
+// nextAfter is the id after which the search goes on.
+func (o *Options) nextAfter(id thin.DevID) thin.DevID {
+	if id >= o.lastID {
 		return FirstID
 	}
 	return id + 1

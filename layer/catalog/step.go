@@ -339,7 +339,7 @@ func (c *Catalog) write(batch []*request, next uint64) (live []*request, err err
 		}
 		err := c.db.Update(func(tx *bbolt.Tx) error {
 			for _, r := range live {
-				if err := r.apply(tx); err != nil {
+				if err := r.apply(tx, &c.o); err != nil {
 					bad, badErr = r, err
 					return err
 				}
@@ -357,7 +357,7 @@ func (c *Catalog) write(batch []*request, next uint64) (live []*request, err err
 }
 
 // apply makes one request's changes of the file.
-func (r *request) apply(tx *bbolt.Tx) error {
+func (r *request) apply(tx *bbolt.Tx, o *Options) error {
 	r.removed = nil
 	if r.Apply != nil {
 		t := &Tx{tx: tx}
@@ -394,7 +394,7 @@ func (r *request) apply(tx *bbolt.Tx) error {
 		}
 	}
 	if n := len(r.reserve); n > 0 {
-		if err := putUint(tx.Bucket(bucketMeta), keyNext, uint64(nextAfter(r.reserve[n-1]))); err != nil {
+		if err := putUint(tx.Bucket(bucketMeta), keyNext, uint64(o.nextAfter(r.reserve[n-1]))); err != nil {
 			return err
 		}
 	}
