@@ -15,6 +15,7 @@ else
 	cache_dir=${XDG_CACHE_HOME:-$HOME/.cache}/mica
 fi
 kernel_dir=$cache_dir/kernel
+udev_dir=$cache_dir/udev
 
 # check_go: is there a Go that builds this module?
 check_go() {
@@ -216,6 +217,30 @@ kernel_fetch() {
 	fi
 	rm -rf "$tmp"
 	say "$real could not be downloaded and unpacked"
+	return 1
+}
+
+udev_there() { [ -x "$udev_dir/bin/udevadm" ] && [ -d "$udev_dir/rules.d" ]; }
+
+# udev_fetch: download this release's udev and unpack it into $udev_dir as bin/udevadm and rules.d/. It
+# is not installed: it would start to manage this machine's devices.
+udev_fetch() {
+	local tmp
+	say "fetching udev"
+	mkdir -p "$cache_dir" && tmp=$(mktemp -d "$cache_dir/udev.XXXXXX") || return 1
+	if (
+		cd "$tmp" || exit 1
+		chmod 755 .
+		apt-get -qq -o APT::Sandbox::User=root download udev 2>apt.log || { cat apt.log >&2; exit 1; }
+		dpkg-deb -x udev_*.deb tree && rm udev_*.deb apt.log || exit 1
+		mkdir bin && cp -L tree/bin/udevadm bin/udevadm 2>/dev/null || cp -L tree/usr/bin/udevadm bin/udevadm || exit 1
+		mv tree/lib/udev/rules.d rules.d 2>/dev/null || mv tree/usr/lib/udev/rules.d rules.d || exit 1
+		rm -rf tree
+	); then
+		rm -rf "$udev_dir" && mv "$tmp" "$udev_dir" && return 0
+	fi
+	rm -rf "$tmp"
+	say "udev could not be downloaded and unpacked"
 	return 1
 }
 

@@ -70,6 +70,7 @@ if [ $mode = list ]; then
 		printf '%-8s %-24s %s\n' "$purpose" "$package" "$why"
 	done
 	printf '%-8s %-24s %s\n' vm "$kernel_package" "kernel of the test machine (unpacked from backports, not installed)"
+	printf '%-8s %-24s %s\n' vm udev "udevd of the test machine (unpacked, not installed)"
 	exit 0
 fi
 
@@ -77,7 +78,7 @@ wanted() { local p; for p in "${purposes[@]}"; do [ "$p" = "$1" ] && return 0; d
 
 check_go || exit 1
 
-missing=() backports=() kernel=
+missing=() backports=() kernel= udev=
 while read -r purpose package proof why; do
 	[ -n "$purpose" ] && wanted "$purpose" || continue
 	if [ "$package" = qemu-system-x86 ]; then
@@ -91,9 +92,13 @@ if wanted vm && ! kernel_there; then
 	kernel=yes
 	say "missing: $kernel_package of backports, to be unpacked into $kernel_dir (kernel of the test machine)"
 fi
+if wanted vm && ! udev_there; then
+	udev=yes
+	say "missing: udev, to be unpacked into $udev_dir (udevd of the test machine)"
+fi
 
 if [ $mode = check ]; then
-	[ ${#missing[@]} -eq 0 ] && [ ${#backports[@]} -eq 0 ] && [ -z "$kernel" ]
+	[ ${#missing[@]} -eq 0 ] && [ ${#backports[@]} -eq 0 ] && [ -z "$kernel$udev" ]
 	exit
 fi
 
@@ -112,6 +117,9 @@ if [ ${#backports[@]} -gt 0 ] || [ -n "$kernel" ]; then
 	else
 		failed+=("$backports_suite")
 	fi
+fi
+if [ -n "$udev" ]; then
+	{ udev_there || { apt_update && udev_fetch; }; } || failed+=(udev)
 fi
 for f in ${failed+"${failed[@]}"}; do
 	say "could not be had: $f"

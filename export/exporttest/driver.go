@@ -56,13 +56,22 @@ type Options struct {
 	Dir string   // run directory Dir/run, links Dir/links
 	Exe []string // the test program: Exe + role + arguments
 	Log *slog.Logger
+	// LinkDir is where links are, if not in Dir/links.
+	LinkDir string
+	// Patience is how long a detach waits for openers; 0: the exporter's default.
+	Patience time.Duration
 }
 
 // Run is the directory of RUN.
 func (o Options) Run() string { return filepath.Join(o.Dir, "run") }
 
 // Links is the directory of links.
-func (o Options) Links() string { return filepath.Join(o.Dir, "links") }
+func (o Options) Links() string {
+	if o.LinkDir != "" {
+		return o.LinkDir
+	}
+	return filepath.Join(o.Dir, "links")
+}
 
 // Role is the command that starts a role.
 func (o Options) Role(name string, args ...string) []string {
@@ -146,6 +155,9 @@ func ground(t testing.TB, d Driver) Options {
 	t.Cleanup(func() {
 		if left := d.Left(o.Dir); len(left) > 0 {
 			t.Errorf("left in the kernel: %q", left)
+		}
+		if marks, _ := os.ReadDir(filepath.Join(o.Links(), ".nodes")); len(marks) > 0 {
+			t.Errorf("marks are left: %v", marks)
 		}
 		if d.End != nil {
 			d.End(o)

@@ -74,12 +74,12 @@ func Attach(ctx context.Context, c Config) (Device, error) {
 		if err := ctx.Err(); err != nil {
 			return Device{}, fmt.Errorf("loop device on %s: %w", c.Backing, err)
 		}
-		before := devices()
+		knowMinors()
 		n, err := unix.IoctlRetInt(ctl, unix.LOOP_CTL_GET_FREE)
 		if err != nil {
 			return Device{}, fmt.Errorf("loop-control: get a free device: %w", err)
 		}
-		d := Device{Number: n, Created: !before[n]}
+		d := Device{Number: n, Created: newMinor(n)}
 		if d.Node, err = ensureNode(n); err != nil {
 			// The device may have been taken away between the two calls.
 			if last = err; errors.Is(err, ErrNotBound) {
@@ -377,6 +377,7 @@ func Remove(n int) error {
 	if err := unix.IoctlSetInt(ctl, unix.LOOP_CTL_REMOVE, n); err != nil && err != unix.ENODEV {
 		return fmt.Errorf("loop-control: remove %d: %w", n, err)
 	}
+	forgetMinor(n)
 	return nil
 }
 

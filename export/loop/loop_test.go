@@ -402,3 +402,28 @@ func TestMissingNode(t *testing.T) {
 		t.Errorf("node of nothing: %v", err)
 	}
 }
+
+// TestCreated: a minor counts as made for us the first time only, until it is removed.
+func TestCreated(t *testing.T) {
+	minors.mu.Lock()
+	old := minors.seen
+	minors.seen = map[int]bool{3: true}
+	minors.mu.Unlock()
+	defer func() {
+		minors.mu.Lock()
+		minors.seen = old
+		minors.mu.Unlock()
+	}()
+	for _, c := range []struct {
+		n    int
+		want bool
+	}{{3, false}, {4, true}, {4, false}} {
+		if got := newMinor(c.n); got != c.want {
+			t.Errorf("minor %d: made for us: %v, want %v", c.n, got, c.want)
+		}
+	}
+	forgetMinor(4)
+	if !newMinor(4) {
+		t.Error("a minor that was removed and is there again does not count as made for us")
+	}
+}

@@ -6,6 +6,7 @@ import (
 	"os"
 	"strconv"
 	"strings"
+	"sync"
 
 	"golang.org/x/sys/unix"
 )
@@ -104,4 +105,38 @@ func NumberOf(node string) (int, error) {
 		return 0, fmt.Errorf("%q is not a loop device", node)
 	}
 	return n, nil
+}
+
+// minors remembers which minors this process has seen, so that an attach does not read a list of
+// all devices to tell whether the kernel has made one for it. What others make or remove
+// meanwhile it does not learn: the worst that comes of it is a free minor that is taken away,
+// which the kernel makes again when somebody wants it, or one that stays.
+var minors struct {
+	mu   sync.Mutex
+	seen map[int]bool // guarded by mu; nil before the first look
+}
+
+// knowMinors looks which minors are there, the first time.
+func knowMinors() {
+	minors.mu.Lock()
+	defer minors.mu.Unlock()
+	if minors.seen == nil {
+		minors.seen = devices()
+	}
+}
+
+// newMinor reports whether a minor was not there before, and remembers it.
+func newMinor(n int) bool {
+	minors.mu.Lock()
+	defer minors.mu.Unlock()
+	was := minors.seen[n]
+	minors.seen[n] = true
+	return !was
+}
+
+// forgetMinor is for one that was removed.
+func forgetMinor(n int) {
+	minors.mu.Lock()
+	defer minors.mu.Unlock()
+	delete(minors.seen, n)
 }

@@ -105,6 +105,7 @@ func (a *attachment) detach() (gone bool, err error) {
 	errs = append(errs, a.e.dir.Drop(a.name))
 	a.s.leave()
 	a.waitGone()
+	errs = append(errs, a.e.unmark(a.rec.Index))
 	a.e.names.Settle(a.name, nil)
 	return true, errors.Join(errs...)
 }

@@ -21,7 +21,7 @@ var conformance = exporttest.Driver{
 	Available: Available,
 	New: func(o exporttest.Options) (export.Exporter, error) {
 		n, _ := strconv.Atoi(os.Getenv(connectionsVar))
-		return New(Options{RunDir: o.Run(), LinkDir: o.Links(), Logger: o.Log, HelperCommand: o.Role("role-helper"),
+		return New(Options{RunDir: o.Run(), LinkDir: o.Links(), Logger: o.Log, DetachWait: o.Patience, HelperCommand: o.Role("role-helper"),
 			Connections: n, RequestTimeout: 2 * time.Second, RetryAfter: time.Second})
 	},
 	Roles: map[string]func([]string) error{
@@ -54,3 +54,5 @@ func TestSeveralConnections(t *testing.T) {
 	t.Setenv(connectionsVar, "3")
 	exporttest.Run(t, conformance)
 }
+
+func TestUdev(t *testing.T) { exporttest.RunUdev(t, conformance, true) }

@@ -30,6 +30,8 @@ type Exporter struct {
 	help  *helper.Client
 	raw   *nbd.Raw
 	names keep.Names[attachment]
+
+	connectMu sync.Mutex // one search for a free device
 }
 
 var _ export.Exporter = (*Exporter)(nil)
@@ -131,9 +133,10 @@ func (e *Exporter) attach(name string, d dev.Device, o export.AttachOptions) (_ 
 	defer k.close()
 	a := e.newAttachment(name, d, record{
 		Backend: e.backend(name), Size: d.Size(), SectorSize: o.SectorSize, ReadOnly: o.ReadOnly, Connections: e.o.Connections})
-	before := devices()
-	err = a.s.start(e.o.Connections, func(fds []int) (int, error) {
-		return k.connect(e.o.config(a.rec.Size, o.SectorSize, nbd.RawFlags(d, o.ReadOnly), a.rec.Backend), fds)
+	created := false
+	err = a.s.start(e.o.Connections, func(fds []int) (index int, err error) {
+		index, created, err = e.connect(k, e.o.config(a.rec.Size, o.SectorSize, nbd.RawFlags(d, o.ReadOnly), a.rec.Backend), fds)
+		return index, err
 	})
 	if err != nil {
 		return nil, err
@@ -141,7 +144,7 @@ func (e *Exporter) attach(name string, d dev.Device, o export.AttachOptions) (_ 
 	a.rec.Index = a.s.index
 	defer func() {
 		if err != nil {
-			err = errors.Join(err, k.disconnect(a.rec.Index), e.links.Remove(name), e.dir.Drop(name))
+			err = errors.Join(err, k.disconnect(a.rec.Index), e.links.Remove(name), e.dir.Drop(name), e.unmark(a.rec.Index))
 			a.s.leave()
 		}
 	}()
@@ -153,7 +156,7 @@ func (e *Exporter) attach(name string, d dev.Device, o export.AttachOptions) (_ 
 			return nil, err
 		}
 	}
-	if !before[a.rec.Index] {
+	if created {
 		if err = k.destroyAfter(a.rec.Index, a.rec.Backend); err != nil {
 			return nil, err
 		}
@@ -169,6 +172,35 @@ func (e *Exporter) attach(name string, d dev.Device, o export.AttachOptions) (_ 
 	}
 	return a, nil
 }
+
+// connect connects a free device, which is marked as ours before the kernel announces it. created:
+// there was no such device.
+func (e *Exporter) connect(k *control, c config, fds []int) (index int, created bool, err error) {
+	e.connectMu.Lock()
+	defer e.connectMu.Unlock()
+	there := devices()
+	for index := 0; index < maxDevices; index++ {
+		if there[index] && isConnected(index) {
+			continue
+		}
+		if err := e.links.Mark(kernelName(index), e.o.RunDir); err != nil {
+			return -1, false, err
+		}
+		err := k.connect(index, c, fds)
+		if err == nil {
+			return index, !there[index], nil
+		}
+		if uerr := e.unmark(index); uerr != nil || !errors.Is(err, unix.EBUSY) {
+			return -1, false, errors.Join(err, uerr)
+		}
+	}
+	return -1, false, fmt.Errorf("all of %d NBD devices are in use", maxDevices)
+}
+
+// maxDevices is more than any host has: the kernel makes devices as they are asked for.
+const maxDevices = 1 << 16
+
+func (e *Exporter) unmark(index int) error { return e.links.Unmark(kernelName(index)) }
 
 // setRetry sets the timer after which the kernel looks what became of a request. The driver's own
 // timeout, which would end the connection, stays off.
@@ -222,6 +254,13 @@ func (e *Exporter) clean() error {
 		if err := e.help.Do(context.Background(), "nbd.drop", "", dropArgs{index, b}, nil); err != nil {
 			return err
 		}
+	}
+	err = e.links.UnmarkIf(e.o.RunDir, func(name string) bool {
+		index, err := NumberOf("/dev/" + name)
+		return err == nil && live[index] == ""
+	})
+	if err != nil {
+		return err
 	}
 	// Links of other daemons in the same directory are told by the backend, too.
 	_, err = e.links.RemoveIf(func(link, target string) bool {
@@ -354,7 +393,7 @@ func (e *Exporter) Drop(ctx context.Context, name string) error {
 		err = e.help.Do(ctx, "nbd.drop", "", dropArgs{rec.Index, rec.Backend}, nil)
 	}
 	if err == nil {
-		err = e.dir.Drop(name)
+		err = errors.Join(e.dir.Drop(name), e.unmark(rec.Index))
 	}
 	if err != nil {
 		return fmt.Errorf("drop %q: %w", name, err)

@@ -22,7 +22,6 @@ const (
 	cmdConnect     = 1
 	cmdDisconnect  = 2
 	cmdReconfigure = 3
-	cmdStatus      = 5
 
 	attrIndex       = 1  // u32
 	attrSizeBytes   = 2  // u64
@@ -32,15 +31,10 @@ const (
 	attrClientFlags = 6  // u64
 	attrSockets     = 7  // nested
 	attrDeadConn    = 8  // u64, seconds
-	attrDeviceList  = 9  // nested
 	attrBackend     = 10 // string
 
 	sockItem = 1 // nested
 	sockFD   = 1 // u32
-
-	deviceItem      = 1 // nested
-	deviceIndex     = 1 // u32
-	deviceConnected = 2 // u8
 
 	// destroyOnDisconnect takes the block device away with its last connection.
 	destroyOnDisconnect = 1 << 0
@@ -113,9 +107,10 @@ func putSockets(e *netlink.AttributeEncoder, fds []int) {
 	})
 }
 
-// connect takes a free device, or makes one, and returns its index.
-func (k *control) connect(c config, fds []int) (int, error) {
-	d, err := k.do(cmdConnect, func(e *netlink.AttributeEncoder) {
+// connect connects device index, which it makes if there is none. EBUSY: it is in use.
+func (k *control) connect(index int, c config, fds []int) error {
+	_, err := k.do(cmdConnect, func(e *netlink.AttributeEncoder) {
+		e.Uint32(attrIndex, uint32(index))
 		e.Uint64(attrSizeBytes, uint64(c.size))
 		e.Uint64(attrBlockSize, uint64(c.block))
 		e.Uint64(attrServerFlags, uint64(c.flags))
@@ -125,21 +120,9 @@ func (k *control) connect(c config, fds []int) (int, error) {
 		putSockets(e, fds)
 	})
 	if err != nil {
-		return -1, fmt.Errorf("nbd connect: %w", err)
+		return fmt.Errorf("nbd%d: connect: %w", index, err)
 	}
-	if d == nil {
-		return -1, errors.New("nbd connect: the driver did not say which device")
-	}
-	index := -1
-	for d.Next() {
-		if d.Type() == attrIndex {
-			index = int(d.Uint32())
-		}
-	}
-	if err := d.Err(); err != nil || index < 0 {
-		return -1, fmt.Errorf("nbd connect: the driver did not say which device: %w", err)
-	}
-	return index, nil
+	return nil
 }
 
 // reconnect gives a device new sockets in the place of dead ones. ENOSPC: none is dead.
@@ -191,6 +174,8 @@ func with(fn func(*control) error) error {
 // export.ErrUnavailable and says what is missing.
 func Available() error { return with(func(*control) error { return nil }) }
 
+func kernelName(index int) string { return "nbd" + strconv.Itoa(index) }
+
 func nodeOf(index int) string { return "/dev/nbd" + strconv.Itoa(index) }
 
 func sysfs(index int) string { return "/sys/block/nbd" + strconv.Itoa(index) }
@@ -212,6 +197,12 @@ func backendOf(index int) string {
 		return ""
 	}
 	return strings.TrimSpace(string(b))
+}
+
+// isConnected reports whether somebody uses a device.
+func isConnected(index int) bool {
+	_, err := os.Stat(sysfs(index) + "/pid")
+	return err == nil
 }
 
 // devices lists the indices of all NBD devices, connected or not.

@@ -119,3 +119,42 @@ func TestNoDirectory(t *testing.T) {
 		t.Errorf("%v, %v", l, err)
 	}
 }
+
+func TestMarks(t *testing.T) {
+	d := open(t)
+	marks := func() []string {
+		list, err := os.ReadDir(filepath.Join(d.Path(".nodes")))
+		if err != nil {
+			t.Fatal(err)
+		}
+		var names []string
+		for _, f := range list {
+			names = append(names, f.Name())
+		}
+		return names
+	}
+	for name, owner := range map[string]string{"ublkb1": "/run/a", "ublkb2": "/run/b", "nbd1": "/run/a", "nbd7": "/run/a"} {
+		if err := d.Mark(name, owner); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := d.Unmark("nbd7"); err != nil {
+		t.Fatal(err)
+	}
+	if err := d.Unmark("nbd7"); err != nil {
+		t.Errorf("unmark twice: %v", err)
+	}
+	if err := d.UnmarkIf("/run/a", func(name string) bool { return strings.HasPrefix(name, "ublkb") }); err != nil {
+		t.Fatal(err)
+	}
+	if got := marks(); !slices.Equal(got, []string{"nbd1", "ublkb2"}) {
+		t.Errorf("marks %q", got)
+	}
+	if links, err := d.Links(); err != nil || len(links) > 0 {
+		t.Errorf("marks count as links: %v, %v", links, err)
+	}
+	var none Dir
+	if err := errors.Join(none.Mark("x", "y"), none.Unmark("x"), none.UnmarkIf("y", func(string) bool { return true })); err != nil {
+		t.Error(err)
+	}
+}

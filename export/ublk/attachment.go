@@ -114,6 +114,7 @@ func (a *attachment) detach() (gone bool, err error) {
 	a.s.leave()
 	a.s.close()
 	errs = append(errs, a.e.help.Do(context.Background(), "ublk.delete", "", deleteArgs{a.rec.ID, a.rec.Cookie}, nil))
+	errs = append(errs, a.e.links.Unmark(kernelName(a.rec.ID)))
 	a.e.names.Settle(a.name, nil)
 	return true, errors.Join(errs...)
 }

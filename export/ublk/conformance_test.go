@@ -14,7 +14,7 @@ import (
 var conformance = exporttest.Driver{
 	Available: Available,
 	New: func(o exporttest.Options) (export.Exporter, error) {
-		return New(Options{RunDir: o.Run(), LinkDir: o.Links(), Logger: o.Log, HelperCommand: o.Role("role-helper")})
+		return New(Options{RunDir: o.Run(), LinkDir: o.Links(), Logger: o.Log, DetachWait: o.Patience, HelperCommand: o.Role("role-helper")})
 	},
 	Roles: map[string]func([]string) error{
 		"role-helper": func([]string) error { return helper.Run(context.Background(), os.Stdin, os.Stdout, Calls, Errors) },
@@ -48,3 +48,6 @@ func TestConformance(t *testing.T) {
 	}
 	exporttest.Run(t, d)
 }
+
+// udev knows ublk devices from version 254 on; Debian 12 has 252.
+func TestUdev(t *testing.T) { exporttest.RunUdev(t, conformance, false) }

@@ -154,8 +154,12 @@ func (e *Exporter) attach(ctx context.Context, name string, d dev.Device, o expo
 	defer func() {
 		if err != nil {
 			e.help.Do(context.WithoutCancel(ctx), "ublk.delete", "", deleteArgs{id, i.cookie}, nil)
+			e.links.Unmark(kernelName(id))
 		}
 	}()
+	if err := e.links.Mark(kernelName(id), e.o.RunDir); err != nil {
+		return nil, err
+	}
 	size := d.Size()
 	if err := setParams(id, paramsOf(d, size, o)); err != nil {
 		return nil, err

@@ -12,6 +12,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
+func kernelName(id int) string { return "ublkb" + strconv.Itoa(id) }
+
 func nodeOf(id int) string { return "/dev/ublkb" + strconv.Itoa(id) }
 
 func charOf(id int) string { return "/dev/ublkc" + strconv.Itoa(id) }

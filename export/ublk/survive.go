@@ -52,6 +52,13 @@ func (e *Exporter) clean() error {
 		}
 		delete(cookies, id)
 	}
+	err = e.links.UnmarkIf(e.o.RunDir, func(name string) bool {
+		id, err := NumberOf("/dev/" + name)
+		return err == nil && live[id] == ""
+	})
+	if err != nil {
+		return err
+	}
 	// Links of other daemons in the same directory are told by the cookie, too.
 	_, err = e.links.RemoveIf(func(link, target string) bool {
 		id, err := NumberOf(target)
@@ -182,7 +189,7 @@ func (e *Exporter) Drop(ctx context.Context, name string) error {
 		err = e.help.Do(ctx, "ublk.delete", "", deleteArgs{rec.ID, rec.Cookie}, nil)
 	}
 	if err == nil {
-		err = e.dir.Drop(name)
+		err = errors.Join(e.dir.Drop(name), e.links.Unmark(kernelName(rec.ID)))
 	}
 	if err != nil {
 		return fmt.Errorf("drop %q: %w", name, err)

@@ -32,7 +32,7 @@ func (m *Machine) RunTests(t *testing.T, limit time.Duration, env []string, args
 			case "SKIP":
 				t.Skipf("in the guest: %s", strings.TrimSpace(r.text))
 			default:
-				t.Logf("in the guest: %s", r.took)
+				t.Logf("in the guest: %s\n%s", r.took, r.text)
 			}
 		})
 	}
