@@ -102,6 +102,13 @@ func printStatus(w io.Writer, st api.Status) {
 		auto = fmt.Sprintf("by %d%% at %d%%", a.StepPercent, a.ThresholdPercent)
 	}
 	line("Auto-extension", "%s", auto)
+	if b := st.Backups; b != nil {
+		last := "none yet"
+		if b.Last != nil {
+			last = b.Last.Path
+		}
+		line("Last Metadata Backup", "%s", last)
+	}
 
 	fmt.Fprintln(w, "Engine:")
 	line("Engine", "%s", p.Engine)

@@ -25,6 +25,7 @@ take the suffixes K, M, G and T (powers of 1024).`,
 		newThinLsCmd(), newThinCreateCmd(), newThinSnapCmd(), newThinRmCmd(),
 		newThinReadCmd(), newThinWriteCmd(), newThinDiscardCmd(), newThinExportCmd(),
 		newThinCheckCmd(), newThinDumpCmd(), newThinRestoreCmd(), newThinDeltaCmd(), newThinRmapCmd(),
+		newThinCompactCmd(),
 	)
 	return c
 }
