@@ -188,18 +188,11 @@ func (s *Store) Attach(ctx context.Context, name string, o AttachOptions) (Attac
 	if o.TCP && o.As != AsNBD {
 		return Attachment{}, fmt.Errorf("%w: an attachment as %s cannot be served over TCP, one as nbd can", ErrInvalid, o.As)
 	}
-	if err := s.writable(); err != nil {
-		return Attachment{}, err
-	}
-	unlock, err := s.locks.lock(ctx, kindContainer+"/"+name)
+	c, unlock, err := lockRecord[containerBody](ctx, s, kindContainer, name)
 	if err != nil {
 		return Attachment{}, err
 	}
 	defer unlock()
-	c, err := s.containerRecord(name)
-	if err != nil {
-		return Attachment{}, err
-	}
 	want := attachBody{As: o.As, ReadOnly: o.ReadOnly, TCP: o.TCP, Boot: s.boot}
 	if old := c.body.Attach; old != nil {
 		if old.As != want.As || old.ReadOnly != want.ReadOnly || old.TCP != want.TCP {
@@ -309,18 +302,11 @@ func (s *Store) mountOptions(fstype string, readOnly bool) []string {
 
 // Detach is described at API.
 func (s *Store) Detach(ctx context.Context, name string, o DetachOptions) error {
-	if err := s.writable(); err != nil {
-		return err
-	}
-	unlock, err := s.locks.lock(ctx, kindContainer+"/"+name)
+	c, unlock, err := lockRecord[containerBody](ctx, s, kindContainer, name)
 	if err != nil {
 		return err
 	}
 	defer unlock()
-	c, err := s.containerRecord(name)
-	if err != nil {
-		return err
-	}
 	err = s.detachLocked(ctx, c)
 	if o.Deferred && errors.Is(err, ErrBusy) {
 		s.deferDetach(name)
@@ -378,10 +364,7 @@ func (s *Store) ForgetMount(ctx context.Context, name, dir string) error {
 }
 
 func (s *Store) editMounts(ctx context.Context, name string, fn func([]string) []string) error {
-	if err := s.writable(); err != nil {
-		return err
-	}
-	unlock, err := s.locks.lock(ctx, kindContainer+"/"+name)
+	_, unlock, err := lockRecord[containerBody](ctx, s, kindContainer, name)
 	if err != nil {
 		return err
 	}

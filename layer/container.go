@@ -203,9 +203,6 @@ func (s *Store) Container(ctx context.Context, name string) (Container, error) {
 
 // Update is described at API.
 func (s *Store) Update(ctx context.Context, name string, o UpdateOptions) (Container, error) {
-	if err := s.writable(); err != nil {
-		return Container{}, err
-	}
 	for k, v := range o.Labels {
 		if v != nil {
 			if err := checkLabel(k, *v); err != nil {
@@ -218,7 +215,7 @@ func (s *Store) Update(ctx context.Context, name string, o UpdateOptions) (Conta
 			return Container{}, err
 		}
 	}
-	unlock, err := s.locks.lock(ctx, kindContainer+"/"+name)
+	_, unlock, err := lockRecord[containerBody](ctx, s, kindContainer, name)
 	if err != nil {
 		return Container{}, err
 	}
@@ -254,18 +251,11 @@ func (s *Store) Update(ctx context.Context, name string, o UpdateOptions) (Conta
 
 // Remove is described at API.
 func (s *Store) Remove(ctx context.Context, name string, o RemoveOptions) error {
-	if err := s.writable(); err != nil {
-		return err
-	}
-	unlock, err := s.locks.lock(ctx, kindContainer+"/"+name)
+	c, unlock, err := lockRecord[containerBody](ctx, s, kindContainer, name)
 	if err != nil {
 		return err
 	}
 	defer unlock()
-	c, err := s.containerRecord(name)
-	if err != nil {
-		return err
-	}
 	var snaps []record[snapshotBody]
 	err = list(s, kindSnapshot, name+"/", "", func(r record[snapshotBody]) (bool, error) {
 		snaps = append(snaps, r)

@@ -123,18 +123,11 @@ func (f Filter) match(owner string, labels map[string]string, image string) bool
 
 // RemoveImage is described at API.
 func (s *Store) RemoveImage(ctx context.Context, name string) error {
-	if err := s.writable(); err != nil {
-		return err
-	}
-	unlock, err := s.locks.lock(ctx, kindImage+"/"+name)
+	r, unlock, err := lockRecord[imageBody](ctx, s, kindImage, name)
 	if err != nil {
 		return err
 	}
 	defer unlock()
-	r, err := load[imageBody](s, kindImage, name)
-	if err != nil {
-		return err
-	}
 	err = s.step(ctx, catalog.Step{FileOnly: true, Apply: func(tx *catalog.Tx) error {
 		return tx.Delete(kindImage, name)
 	}}, nil, []catalog.Record{r.Record})

@@ -1,6 +1,7 @@
 package layer
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -149,6 +150,22 @@ func list[T any](s *Store, kind, prefix, after string, keep func(record[T]) (boo
 			return keep(d)
 		})
 	}))
+}
+
+// lockRecord is how a change of an object begins: the store accepts changes, those that others make of
+// the object are over, and it is there. The caller unlocks.
+func lockRecord[T any](ctx context.Context, s *Store, kind, key string) (r record[T], unlock func(), err error) {
+	if err := s.writable(); err != nil {
+		return r, nil, err
+	}
+	if unlock, err = s.locks.lock(ctx, kind+"/"+key); err != nil {
+		return r, nil, err
+	}
+	if r, err = load[T](s, kind, key); err != nil {
+		unlock()
+		return r, nil, err
+	}
+	return r, unlock, nil
 }
 
 func layerRef(chain string) string { return kindLayer + "/" + chain }

@@ -11,19 +11,15 @@ import (
 // The record gets the new size first: a device that is longer than its file system is fine, the
 // other way round it could not be mounted after a crash.
 func (s *Store) Resize(ctx context.Context, name string, sizeBytes int64) (Container, error) {
-	if err := s.writable(); err != nil {
-		return Container{}, err
-	}
 	if err := checkSize(sizeBytes); err != nil {
 		return Container{}, err
 	}
-	unlock, err := s.locks.lock(ctx, kindContainer+"/"+name)
+	c, unlock, err := lockRecord[containerBody](ctx, s, kindContainer, name)
 	if err != nil {
 		return Container{}, err
 	}
 	defer unlock()
-	c, err := s.usableContainer(name)
-	if err != nil {
+	if err := s.usable(c.Ref()); err != nil {
 		return Container{}, err
 	}
 	old := c.body.SizeBytes

@@ -129,6 +129,15 @@ func (n *SnapStore) record(name string) (record[snapBody], error) {
 	return r, err
 }
 
+// lock is lockRecord for a snapshot.
+func (n *SnapStore) lock(ctx context.Context, name string) (r record[snapBody], unlock func(), err error) {
+	r, unlock, err = lockRecord[snapBody](ctx, n.s, kindSnap, n.key(name))
+	if errors.Is(err, ErrNotFound) {
+		err = fmt.Errorf("snapshot %q: %w", shorten(name), ErrNotFound)
+	}
+	return r, unlock, err
+}
+
 func (s *Store) describeSnap(r record[snapBody]) Snap {
 	b := r.body
 	return Snap{Name: nameOf(r.Key), Parent: b.ParentName, Kind: b.Kind, Labels: b.Labels, Created: b.Created,
@@ -157,17 +166,11 @@ func (n *SnapStore) List(ctx context.Context) ([]Snap, error) {
 
 // Update changes a snapshot's labels: fn gets a copy of those that it has.
 func (n *SnapStore) Update(ctx context.Context, name string, fn func(labels map[string]string) map[string]string) (Snap, error) {
-	if err := n.s.writable(); err != nil {
-		return Snap{}, err
-	}
-	unlock, err := n.s.locks.lock(ctx, n.ref(name))
+	_, unlock, err := n.lock(ctx, name)
 	if err != nil {
 		return Snap{}, err
 	}
 	defer unlock()
-	if _, err := n.record(name); err != nil {
-		return Snap{}, err
-	}
 	r, err := n.s.editSnap(ctx, n.key(name), func(b *snapBody) error {
 		labels := maps.Clone(b.Labels)
 		if labels == nil {

@@ -210,18 +210,11 @@ func (n *SnapStore) Mount(ctx context.Context, name string) (SnapMount, Snap, er
 
 func (n *SnapStore) mountAgain(ctx context.Context, name string) (m SnapMount, err error) {
 	s := n.s
-	if err := s.writable(); err != nil {
-		return m, err
-	}
-	unlock, err := s.locks.lock(ctx, n.ref(name))
+	r, unlock, err := n.lock(ctx, name)
 	if err != nil {
 		return m, err
 	}
 	defer unlock()
-	r, err := n.record(name)
-	if err != nil {
-		return m, err
-	}
 	if m, err := n.snapMount(r); err == nil {
 		return m, nil // somebody was quicker
 	}

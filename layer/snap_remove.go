@@ -36,19 +36,12 @@ func (n *SnapStore) Remove(ctx context.Context, name string) error {
 
 func (n *SnapStore) remove(ctx context.Context, name string) error {
 	s := n.s
-	if err := s.writable(); err != nil {
-		return err
-	}
-	ref := n.ref(name)
-	unlock, err := s.locks.lock(ctx, ref)
+	r, unlock, err := n.lock(ctx, name)
 	if err != nil {
 		return err
 	}
 	defer unlock()
-	r, err := n.record(name)
-	if err != nil {
-		return err
-	}
+	ref := r.Ref()
 	s.mu.Lock()
 	children, leases := s.refs[ref], s.leases[ref]
 	s.mu.Unlock()

@@ -15,22 +15,18 @@ const maxForks = 4096
 
 // Snapshot is described at API.
 func (s *Store) Snapshot(ctx context.Context, name string, o SnapshotOptions) (Snapshot, error) {
-	if err := s.writable(); err != nil {
-		return Snapshot{}, err
-	}
 	if o.Name == "" {
 		o.Name = time.Now().UTC().Format("20060102-150405.000000")
 	}
 	if err := errors.Join(checkName("snapshot", o.Name), checkLabels(o.Labels)); err != nil {
 		return Snapshot{}, err
 	}
-	unlock, err := s.locks.lock(ctx, kindContainer+"/"+name)
+	c, unlock, err := lockRecord[containerBody](ctx, s, kindContainer, name)
 	if err != nil {
 		return Snapshot{}, err
 	}
 	defer unlock()
-	c, err := s.usableContainer(name)
-	if err != nil {
+	if err := s.usable(c.Ref()); err != nil {
 		return Snapshot{}, err
 	}
 	key := name + "/" + o.Name
@@ -97,10 +93,7 @@ func (s *Store) Snapshots(ctx context.Context, name string) ([]Snapshot, error) 
 
 // RemoveSnapshot is described at API.
 func (s *Store) RemoveSnapshot(ctx context.Context, name, snap string) error {
-	if err := s.writable(); err != nil {
-		return err
-	}
-	unlock, err := s.locks.lock(ctx, kindContainer+"/"+name)
+	_, unlock, err := lockRecord[containerBody](ctx, s, kindContainer, name)
 	if err != nil {
 		return err
 	}
@@ -240,18 +233,11 @@ func (s *Store) fork(ctx context.Context, c record[containerBody], o ForkOptions
 
 // Rollback is described at API.
 func (s *Store) Rollback(ctx context.Context, name, snap string) (Container, error) {
-	if err := s.writable(); err != nil {
-		return Container{}, err
-	}
-	unlock, err := s.locks.lock(ctx, kindContainer+"/"+name)
+	c, unlock, err := lockRecord[containerBody](ctx, s, kindContainer, name)
 	if err != nil {
 		return Container{}, err
 	}
 	defer unlock()
-	c, err := s.containerRecord(name)
-	if err != nil {
-		return Container{}, err
-	}
 	r, err := s.snapshotRecord(name, snap)
 	if err == nil {
 		err = s.usable(r.Ref())
