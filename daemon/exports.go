@@ -59,11 +59,18 @@ func left(run, kind string) func() bool {
 	}
 }
 
+// exportDirs are the directories in which exporters that serve nodes have an entry for each.
+func exportDirs(run string) (dirs []string) {
+	for _, kind := range []string{"ublk", "nbd", "fuse"} {
+		dirs = append(dirs, filepath.Join(run, kind))
+	}
+	return dirs
+}
+
 // noSurvivors refuses to start with the kernel engine while nodes of the user engine wait for a
 // daemon that goes on serving them.
 func noSurvivors(run string) error {
-	for _, kind := range []string{"ublk", "nbd", "fuse"} {
-		dir := filepath.Join(run, kind)
+	for _, dir := range exportDirs(run) {
 		if list, err := os.ReadDir(dir); err == nil && len(list) > 0 { // an error: never used
 			return fmt.Errorf("%d nodes that the user engine serves are still there (%s, ...): start with --engine user and detach them first",
 				len(list), filepath.Join(dir, list[0].Name()))

@@ -71,7 +71,7 @@ func sweep(dir int, uid uint32, boot [16]byte) {
 		defer d.Close()
 		names, _ := d.Readdirnames(-1)
 		for _, name := range names {
-			if h, ok := headerIn(fd, name, uid); ok && h.boot == boot && h.gone() {
+			if h, ok := headerIn(fd, name, uid); ok && h.boot == boot && h.gone() || goneNote(fd, name, uid, boot) {
 				unix.Unlinkat(fd, name, 0)
 			}
 		}

@@ -219,6 +219,11 @@ func (r *restoreCmd) run(cmd *cobra.Command, args []string) error {
 		return err
 	}
 	defer old.Close()
+	if r.yes {
+		if err := user.RefuseExported(l); err != nil {
+			return err
+		}
+	}
 	if !r.withoutJournal && r.yes {
 		if err := refuseWaiting(l); err != nil {
 			return err

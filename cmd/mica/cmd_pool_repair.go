@@ -131,6 +131,9 @@ func (r *repairCmd) run(cmd *cobra.Command, args []string) error {
 		}
 	}
 	if r.swap {
+		if err := user.RefuseExported(l); err != nil {
+			return err
+		}
 		return r.swapIn(cmd, l)
 	}
 	return r.repair(cmd, l, old)

@@ -79,6 +79,9 @@ func switchEngine(ctx context.Context, l user.Location, to string) error {
 		return explainLock(err)
 	}
 	defer data.Close()
+	if err := user.RefuseExported(l); err != nil {
+		return err
+	}
 	v, err := thin.OpenView(meta)
 	if err != nil {
 		return err

@@ -153,9 +153,17 @@ func (p *poolFlags) nothingWaits(args []string) error {
 	return err
 }
 
-// lockMetadata opens the metadata device as it is.
+// lockMetadata opens the metadata device as it is; to be written only if no devices of the pool wait
+// for a daemon.
 func (p *poolFlags) lockMetadata(args []string, readOnly bool) (dev.Device, error) {
-	d, err := dev.Open(p.location(args).MetadataPath(), dev.OpenOptions{ReadOnly: readOnly, Lock: true})
+	l := p.location(args)
+	d, err := dev.Open(l.MetadataPath(), dev.OpenOptions{ReadOnly: readOnly, Lock: true})
+	if err == nil && !readOnly {
+		if err = user.RefuseExported(l); err != nil {
+			d.Close()
+			return nil, err
+		}
+	}
 	return d, explainLock(err)
 }
 

@@ -164,6 +164,44 @@ func TestKilledDaemon(t *testing.T) {
 	}
 }
 
+// TestKilledDaemonsPool: while nodes of a daemon that was killed, or ended in order, wait for the next
+// one, nobody else writes to its pool: not a command, not a daemon with another run directory. Looking
+// is allowed. When the last one is detached the pool is anybody's.
+func TestKilledDaemonsPool(t *testing.T) {
+	b := newBox(t)
+	b.start()
+	if !asJSON[api.Status](b, "status").Exports.Resend {
+		t.Skip("SKIPPED: this kernel cannot resend FUSE requests: want Linux 6.9 or later")
+	}
+	b.mica("image", "import", b.testImage())
+	b.mica("create", "test:1", "web")
+	b.mica("mount", "web")
+	pool := filepath.Join(b.root, "pool")
+	dump := filepath.Join(b.dir, "dump.xml")
+	for _, sig := range []syscall.Signal{syscall.SIGKILL, syscall.SIGTERM} {
+		b.stop(sig)
+		b.mica("thin", "dump", pool, "-o", dump)
+		for _, args := range [][]string{
+			{"thin", "create", pool, "9000"}, {"thin", "rm", pool, "1"}, {"pool", "trim", pool}, {"pool", "grow", pool, "--size", "200G"},
+			{"thin", "restore", pool, "-i", dump, "--force"}, {"thin", "check", pool, "--repair-leaks"}, {"thin", "check", pool, "--clear-needs-check"},
+			{"pool", "create", pool, "--force"}, {"pool", "restore", pool, "--from", dump, "--yes", "--without-journal"},
+			{"pool", "repair", pool, "--swap", "--without-journal"}, {"pool", "switch", pool, "--to", "user"},
+			{"serve", "--root", b.root, "--run", b.mkdir("run2")},
+		} {
+			if msg := b.fails(args...); !strings.Contains(msg, "mica serve --run "+b.run) {
+				t.Errorf("%v: mica %s: %s", sig, strings.Join(args, " "), msg)
+			}
+		}
+		b.mica("thin", "ls", pool)
+		b.start()
+	}
+	b.mica("umount", "web")
+	b.stop(syscall.SIGTERM)
+	b.mica("thin", "create", pool, "9000")
+	b.mica("thin", "rm", pool, "9000")
+	b.start()
+}
+
 func attachedNode(b *box, name string) string {
 	b.Helper()
 	for _, a := range asJSON[api.Status](b, "status").Store.Attachments {

@@ -220,10 +220,17 @@ func (p *Pool) activate(ctx context.Context) (err error) {
 }
 
 // noJournal refuses a pool for which a journal of the user engine waits: what was acknowledged
-// before its process was killed would be lost.
+// before its process was killed would be lost. Nor one of which it has left devices to a successor.
 func (p *Pool) noJournal() error {
 	if p.opts.ReadOnly {
 		return nil
+	}
+	id, err := journal.Identify(p.meta.path)
+	if err == nil {
+		err = journal.RefuseExported(id, journal.Options{}, "")
+	}
+	if err != nil {
+		return err
 	}
 	w, err := journal.WaitingFor(p.meta.path, journal.Options{})
 	switch {

@@ -46,6 +46,10 @@ type Options struct {
 	JournalBytes    int64
 	JournalDirs     []string
 
+	// Exports, if not nil, says where its process leaves devices to its successor. A pool of which
+	// another one has left any is refused (ErrExported), unless it is opened read-only.
+	Exports *journal.Exports
+
 	step func(name string) // for tests: called between the steps of a commit and of a takeover
 
 	compactAt uint32 // for tests: see makeTime; 0: compactAt
@@ -96,6 +100,7 @@ type Pool struct {
 	journal   *journal.Journal // immutable after New; nil: none
 	taken     taken            // immutable after New: what became of an earlier opener's journal
 	committed journal.State    // the superblock on the medium; of whoever runs a commit
+	forget    func() error     // takes the note about exports away; immutable after Open, may be nil
 
 	applyMu sync.Mutex
 	dropped []thin.DataBlock // guarded by applyMu: reserved blocks that the next commit lets go
@@ -319,6 +324,9 @@ func (p *Pool) Close() error {
 	}
 	close(p.stop)
 	p.loops.Wait()
+	if p.forget != nil && !p.opts.Exports.Any() { // else they wait for a successor
+		err = errors.Join(err, p.forget())
+	}
 	err = errors.Join(err, p.closeJournal(err == nil), p.meta.Close(), p.data.Close())
 	p.events.close()
 	if p.onDone != nil {

@@ -189,6 +189,9 @@ func (f *formatter) run(ctx context.Context) (err error) {
 	if err := f.data.Flush(); err != nil {
 		return err
 	}
+	if err := RefuseExported(f.l); err != nil {
+		return err
+	}
 	// A journal of what was there before is worth nothing from here on, and must not meet a pool
 	// that looks like that one. One that is refused keeps its own.
 	if f.o.Force || f.empty() {
@@ -289,10 +292,16 @@ func open(ctx context.Context, l Location, o Options) (*Pool, error) {
 		data.Close()
 		return nil, err
 	}
+	if err := mayWriteTo(id, o); err != nil {
+		meta.Close()
+		data.Close()
+		return nil, err
+	}
 	p, err := openOn(meta, data, o, &id)
 	if err != nil {
 		return nil, err
 	}
+	p.noteExports(id)
 	if pid := l.pidPath(); pid != "" && !o.ReadOnly {
 		if err := os.WriteFile(pid, []byte(strconv.Itoa(os.Getpid())+"\n"), 0o600); err != nil {
 			o.Logger.Warn("could not note the pid beside the pool", "err", err)

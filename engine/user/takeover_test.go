@@ -816,6 +816,69 @@ func TestRefusedFormatKeepsJournal(t *testing.T) {
 	must(t, p.Close())
 }
 
+// TestExportedPool: a pool of which somebody's devices are left is opened for writing by him alone,
+// and before anything of its journal is taken over. The note stays until nothing is left.
+func TestExportedPool(t *testing.T) {
+	run := shm(t)
+	node := filepath.Join(run, "fuse", "web")
+	e := &journal.Exports{Run: run, Dirs: []string{filepath.Join(run, "fuse")}}
+	d := newDying(t, Options{})
+	must(t, d.p.Close())
+	open := func(o Options, e *journal.Exports) (*Pool, error) {
+		o.JournalDirs, o.JournalBytes, o.Logger, o.CommitInterval, o.Exports = d.o.JournalDirs, 1<<20, quiet, time.Hour, e
+		return Open(ctx, d.l, o)
+	}
+	must(t, os.MkdirAll(node, 0o700))
+	p, err := open(Options{}, e)
+	must(t, err)
+	must(t, p.CreateThin(ctx, 1))
+	d.p = p
+	write(t, d.thin(1), fill(1, blk), 0)
+	d.die()
+	for _, other := range []*journal.Exports{nil, {Run: shm(t)}} {
+		if _, err := open(Options{}, other); !errors.Is(err, ErrExported) {
+			t.Errorf("open by another: %v", err)
+		}
+	}
+	p, err = open(Options{ReadOnly: true}, nil)
+	must(t, err)
+	if s := p.journalStatus(); s.State != "waiting" {
+		t.Errorf("journal %+v", s)
+	}
+	must(t, p.Close())
+
+	// In order, and the device still there: the same.
+	p, err = open(Options{}, e)
+	must(t, err)
+	if p.taken.changed != 1 {
+		t.Errorf("%d changes taken over", p.taken.changed)
+	}
+	must(t, p.Close())
+	if _, err := open(Options{}, nil); !errors.Is(err, ErrExported) {
+		t.Errorf("open by another after a clean close: %v", err)
+	}
+	// Gone with the last one, be it behind the daemon's back.
+	for _, detach := range []func(){
+		func() { must(t, os.Remove(node)) },
+		func() {
+			must(t, os.Mkdir(node, 0o700))
+			p, err := open(Options{}, e)
+			must(t, err)
+			must(t, os.Remove(node))
+			must(t, p.Close())
+		},
+	} {
+		detach()
+		p, err = open(Options{}, nil)
+		must(t, err)
+		must(t, p.Close())
+		if left, err := os.ReadDir(d.o.JournalDirs[0]); err != nil || len(left) > 0 {
+			t.Errorf("left: %v, %v", left, err)
+		}
+	}
+	d.p = nil
+}
+
 // TestBlockDevicesTakenOver: a pool on block devices is known by the number of its metadata device,
 // under whatever name it is opened.
 func TestBlockDevicesTakenOver(t *testing.T) {
