@@ -12,6 +12,8 @@ import (
 	"sync"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"mica/engine"
 	"mica/layer/archive"
 	"mica/layer/catalog"
@@ -218,6 +220,9 @@ func (s *Store) index() error {
 func (s *Store) wrap(err error) error {
 	if errors.Is(err, catalog.ErrClosed) {
 		return fmt.Errorf("%w: %w", ErrClosed, err)
+	}
+	if errors.Is(err, unix.ENOSPC) || errors.Is(err, unix.EDQUOT) {
+		return fmt.Errorf("%w for the catalog: %w", ErrNoSpace, err)
 	}
 	return err
 }

@@ -83,6 +83,7 @@ type Catalog struct {
 	o       Options
 	log     *slog.Logger
 	storeID string
+	room    room
 
 	ctx    context.Context // background work; cancelled by Close
 	cancel context.CancelFunc
@@ -127,16 +128,20 @@ func Open(ctx context.Context, o Options) (*Catalog, error) {
 	if err := makeFile(o.Path); err != nil {
 		return nil, fmt.Errorf("catalog %s: %w", o.Path, err)
 	}
+	var file *os.File
 	db, err := bbolt.Open(o.Path, 0o600, &bbolt.Options{
 		Timeout: o.LockWait, InitialMmapSize: 64 << 20, FreelistType: bbolt.FreelistMapType,
-		OpenFile: func(path string, _ int, _ os.FileMode) (*os.File, error) { return openFile(path, o.LockWait) },
+		OpenFile: func(path string, _ int, _ os.FileMode) (f *os.File, err error) {
+			file, err = openFile(path, o.LockWait)
+			return file, err
+		},
 	})
 	if err != nil {
 		return nil, fmt.Errorf("catalog %s: %w", o.Path, err)
 	}
 	dropUnfinished(o.Path)
 	c := &Catalog{
-		db: db, pool: o.Pool, o: o, log: o.Logger,
+		db: db, pool: o.Pool, o: o, log: o.Logger, room: room{f: file},
 		wake: make(chan struct{}, 1), delete: make(chan struct{}, 1),
 		taken: map[thin.DevID]struct{}{}, held: map[thin.DevID]struct{}{},
 		broken: map[string]string{}, dels: map[thin.DevID]*deletion{},
@@ -148,6 +153,9 @@ func Open(ctx context.Context, o Options) (*Catalog, error) {
 		c.cancel()
 		db.Close()
 		return nil, err
+	}
+	if err := c.makeRoom(); err != nil {
+		c.log.Warn("no room for a new object in the catalog", "catalog", o.Path, "err", err)
 	}
 	c.wg.Add(2)
 	go c.commitLoop()

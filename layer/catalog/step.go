@@ -161,7 +161,9 @@ func (c *Catalog) commitLoop() {
 			}
 			continue
 		}
-		c.commit(batch)
+		if batch = c.admit(batch); len(batch) > 0 {
+			c.commit(batch)
+		}
 	}
 }
 
