@@ -64,3 +64,6 @@ func (d *noting) note(err error) error {
 	})
 	return err
 }
+
+// lostWrites says whether a write to an attachment's device has failed since it was opened. l may be nil.
+func (l *live) lostWrites() bool { return l != nil && l.noted != nil && l.noted.hasFailed() }

@@ -20,6 +20,9 @@ const (
 	inheritedLabels = "containerd.io/snapshot/"
 )
 
+// errLostWrites: what somebody wrote to a snapshot is not all there.
+var errLostWrites = fmt.Errorf("writes to it failed, its contents are not complete: %w", ErrNoSpace)
+
 // Commit makes a committed snapshot of an active one, which is gone afterwards. parent, if not
 // empty, must be what Prepare was given.
 //
@@ -64,8 +67,8 @@ func (n *SnapStore) commit(ctx context.Context, name, key, parent string, labels
 		return err
 	}
 	l := s.liveOf(r.body.ID)
-	if r.body.LostWrites || l != nil && l.noted != nil && l.noted.hasFailed() {
-		return fmt.Errorf("writes to it failed, its contents are not complete: %w", ErrNoSpace)
+	if r.body.LostWrites || l.lostWrites() {
+		return errLostWrites
 	}
 	next := r
 	next.Key = n.key(name)
@@ -77,11 +80,10 @@ func (n *SnapStore) commit(ctx context.Context, name, key, parent string, labels
 	if l != nil {
 		err := s.endLive(ctx, l)
 		switch {
+		case l.lostWrites(): // the detach wrote what the kernel still had
+			return errors.Join(errLostWrites, err)
 		case err == nil:
 			own = l.own
-			if l.noted != nil && l.noted.hasFailed() { // by the flush of the detach
-				return fmt.Errorf("writes to it failed, its contents are not complete: %w", ErrNoSpace)
-			}
 		case errors.Is(err, ErrBusy) && s.liveOf(r.body.ID) == l:
 			return n.commitMounted(ctx, r, next, l)
 		default:
@@ -173,7 +175,7 @@ func (n *SnapStore) putCommitted(ctx context.Context, r, next record[snapBody], 
 			return err
 		}
 		if cur.body.LostWrites {
-			return fmt.Errorf("writes to it failed, its contents are not complete: %w", ErrNoSpace)
+			return errLostWrites
 		}
 		if err := tx.Delete(kindSnap, r.Key); err != nil {
 			return err

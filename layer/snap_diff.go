@@ -227,7 +227,7 @@ func (s *Store) ApplyMount(ctx context.Context, path string, r io.Reader) error 
 	for _, warning := range st.Warnings {
 		s.log.Warn("apply", "object", m.ref, "entry", warning)
 	}
-	if err == nil && l.noted != nil && l.noted.hasFailed() {
+	if err == nil && l.lostWrites() {
 		err = fmt.Errorf("writes failed: %w", ErrNoSpace)
 	}
 	if err != nil {
