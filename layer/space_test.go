@@ -185,3 +185,30 @@ func TestCatalogDiskFull(t *testing.T) {
 	consistent("at the end")
 	ok(t, errors.Join(s.Close(), pool.Close()))
 }
+
+// TestInodesRunOut: a layer with more files than the base has inodes is refused with an error that
+// says so, and leaves nothing; what has fewer goes in.
+func TestInodesRunOut(t *testing.T) {
+	r := newRig(t)
+	r.o.BaseSize = 64 << 20
+	s := r.open()
+	importImage(t, s, "small", []file{{name: "x", data: "x"}})
+	before := r.used()
+	many := func(n int) (tarball []byte, diff string) {
+		var files []file
+		for i := range n {
+			files = append(files, file{name: fmt.Sprintf("d%d/f%d", i%50, i)})
+		}
+		return layerTar(t, files...)
+	}
+	tarball, diff := many(6000)
+	err := apply(t, s, tarball, diff)
+	if !errors.Is(err, ErrNoSpace) || !strings.Contains(err.Error(), "inode") {
+		t.Errorf("6000 files on a base of 64 MiB: %v, want ErrNoSpace that names inodes", err)
+	}
+	if after := r.used(); after != before {
+		t.Errorf("%d data blocks are used afterwards, %d before", after, before)
+	}
+	tarball, diff = many(1000)
+	ok(t, apply(t, s, tarball, diff))
+}

@@ -25,11 +25,11 @@ func (h *job) apply(ctx context.Context) (resp Response, err error) {
 	}
 	st, err := archive.Apply(ctx, dir, in, archive.ApplyOptions{Limits: h.req.Limits, Warn: h.warn})
 	resp.Entries, resp.Bytes = st.Entries, st.Bytes
-	if err != nil {
-		return resp, err
+	if err == nil {
+		err = syncFS(dir)
 	}
-	if err := syncFS(dir); err != nil {
-		return resp, err
+	if err != nil {
+		return resp, whatIsFull(dir, err)
 	}
 	if h.req.Trim {
 		if resp.Trimmed, err = trimDir(dir); err != nil {
@@ -37,6 +37,17 @@ func (h *job) apply(ctx context.Context) (resp Response, err error) {
 		}
 	}
 	return resp, h.unmount()
+}
+
+// whatIsFull says of a file system that is full what it has too little of: the error that the kernel
+// has for bytes and for inodes is the same.
+func whatIsFull(dir string, err error) error {
+	var st unix.Statfs_t
+	if !errors.Is(err, unix.ENOSPC) || unix.Statfs(dir, &st) != nil {
+		return err
+	}
+	return fmt.Errorf("%w (the file system has %d of %d inodes and %d of %d MiB free: a larger base has more of both)",
+		err, st.Ffree, st.Files, st.Bavail*uint64(st.Bsize)>>20, st.Blocks*uint64(st.Bsize)>>20)
 }
 
 // diff mounts both nodes read-only and writes the layer tar that leads from one to the other.
