@@ -186,7 +186,7 @@ func (n NBD) validate() error {
 type Containerd struct {
 	Enabled      bool     `toml:"enabled" doc:"Listen on RUN/snapshotter.sock and RUN/diff.sock, which only root may use."`
 	Address      string   `toml:"address" doc:"containerd's own socket, through which the diff service reads and writes blobs."`
-	ShareLayers  bool     `toml:"share_layers" doc:"Layers that are there already, unpacked for another namespace or imported with 'mica image import', are not unpacked again."`
+	ShareLayers  bool     `toml:"share_layers" doc:"Layers that are there already, unpacked for another namespace or by another snapshotter or imported with 'mica image import', are not unpacked again."`
 	MountOptions []string `toml:"mount_options" doc:"Added to the mount options of the snapshotter mica, after those of [containers]."`
 	GuestOwned   bool     `toml:"guest_owned" doc:"The containers of the snapshotter mica are virtual machines (Kata, Firecracker) that get their devices raw: the host does not look into their file systems."`
 	// Snapshotters are further ones, by name.
