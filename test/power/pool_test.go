@@ -159,7 +159,10 @@ func run(seed uint64, cuts int, c *counter) *failure {
 }
 
 // A life is a load that ran to its end.
-type life struct{ *trial.Trial }
+type life struct {
+	*trial.Trial
+	metaUnit, dataUnit func(off int64) int64 // what the media write as a whole
+}
 
 // live runs operations on images and closes the pool.
 func live(s trial.Setup, meta, data *dev.Mem, ops trial.Ops, wrap func(m, d dev.Device) (dev.Device, dev.Device)) (*life, error) {
@@ -173,7 +176,7 @@ func live(s trial.Setup, meta, data *dev.Mem, ops trial.Ops, wrap func(m, d dev.
 	if err := errors.Join(t.Run(ops), t.Close()); err != nil {
 		return nil, err
 	}
-	return &life{t}, nil
+	return &life{t, dev.UnitMetadata, dev.Unit512}, nil
 }
 
 // cut cuts the power about n times, and returns the images of one of the cuts.
@@ -184,8 +187,8 @@ func (l *life) cut(rng *rand.Rand, n int, c *counter) (meta, data *dev.Mem, err 
 	for i, cut := range points {
 		cursor.Seek(cut)
 		mm, dm := dev.AnyCrashMode(rng), dev.AnyCrashMode(rng)
-		m := cursor.Image(l.Meta, mm, dev.UnitMetadata, rng)
-		d := cursor.Image(l.Data, dm, dev.Unit512, rng)
+		m := cursor.Image(l.Meta, mm, l.metaUnit, rng)
+		d := cursor.Image(l.Data, dm, l.dataUnit, rng)
 		if i == goOn {
 			meta, data = m.Clone(), d.Clone()
 		}
