@@ -8,6 +8,7 @@ import (
 	"net/netip"
 	"os"
 	"strconv"
+	"strings"
 	"time"
 )
 
@@ -73,7 +74,14 @@ func (s *Server) ListenTCP(addr string, t *TLS) (net.Listener, error) {
 		return nil, err
 	}
 	lc := net.ListenConfig{KeepAliveConfig: net.KeepAliveConfig{Enable: true, Idle: keepAlive, Interval: keepAlive / 2, Count: 4}}
-	ln, err := lc.Listen(context.Background(), "tcp", ap.String())
+	// Of an address of one kind Go would make a listener for both, were it told only "tcp".
+	network, ip := "tcp6", ap.Addr().Unmap()
+	if strings.HasPrefix(addr, ":") {
+		network = "tcp" // every address there is
+	} else if ip.Is4() {
+		network = "tcp4"
+	}
+	ln, err := lc.Listen(context.Background(), network, netip.AddrPortFrom(ip, ap.Port()).String())
 	if err != nil {
 		return nil, err
 	}

@@ -125,6 +125,44 @@ func TestTLSReadBackAllSizes(t *testing.T) {
 	}
 }
 
+// TestListensWhereTold: on the addresses of the kind that was given, no others.
+func TestListensWhereTold(t *testing.T) {
+	ca := testpki.NewCA(t, "ca")
+	tc, err := LoadTLS(writeTLS(t, t.TempDir(), ca, ca.Server()), quiet)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range []struct {
+		addr   string
+		v4, v6 bool
+	}{{"0.0.0.0:0", true, false}, {"[::]:0", false, true}, {":0", true, true}, {"127.0.0.1:0", true, false}, {"[::1]:0", false, true}, {"localhost:0", true, false}, {"[::ffff:127.0.0.1]:0", true, false}} {
+		s := NewServer(Options{Log: quiet})
+		ln, err := s.ListenTCP(c.addr, tc)
+		if err != nil {
+			if strings.Contains(err.Error(), "cannot assign") || strings.Contains(err.Error(), "not supported") {
+				t.Logf("%s: %v: this host cannot", c.addr, err)
+				s.Close()
+				continue
+			}
+			t.Fatal(err)
+		}
+		_, port, _ := net.SplitHostPort(ln.Addr().String())
+		for host, want := range map[string]bool{"127.0.0.1": c.v4, "::1": c.v6} {
+			nc, err := net.DialTimeout("tcp", net.JoinHostPort(host, port), time.Second)
+			if err == nil {
+				nc.Close()
+			}
+			if host == "::1" && want && err != nil && strings.Contains(err.Error(), "cannot assign") {
+				continue
+			}
+			if (err == nil) != want {
+				t.Errorf("listen on %s: connect to %s: %v", c.addr, host, err)
+			}
+		}
+		s.Close()
+	}
+}
+
 // TestTLSManyInFlight: many requests of many sizes on several connections, each kind of worker
 // and the reader sending at the same time; the bytes are the right ones.
 func TestTLSManyInFlight(t *testing.T) {
