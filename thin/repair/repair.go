@@ -305,7 +305,7 @@ func (r *repairer) device(b *builder, i int) error {
 		return nil
 	}
 	if t.root == 0 {
-		if t.root, err = b.leaf(nil); err != nil {
+		if t.root, err = b.node(true, nil); err != nil {
 			return err
 		}
 	}

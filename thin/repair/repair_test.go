@@ -103,7 +103,7 @@ func TestBrokenLeafOfMany(t *testing.T) {
 	if damaged, _, _ := r.totals(); damaged < 50 {
 		t.Errorf("%d devices are damaged", damaged)
 	}
-	if after.MetaUsed > before.MetaUsed+10 {
+	if after.MetaUsed > before.MetaUsed {
 		t.Errorf("%d metadata blocks, were %d", after.MetaUsed, before.MetaUsed)
 	}
 }
@@ -333,7 +333,7 @@ func TestBeyondTheEnd(t *testing.T) {
 	change(t, p.mem, leaf, func(b []byte) { putU64(b, 2048, 20000<<24) })
 	r, out := repaired(t, p.mem, Options{})
 	d := device(t, r, 500)
-	if len(d.Lost) != 1 || d.Kept != 399 || !strings.Contains(d.Lost[0].Why, "mapped to data block 20000 of 20000") {
+	if len(d.Lost) != 1 || d.Kept != 399 || !strings.Contains(d.Lost[0].Why, "mapped to data blocks beyond the 20000 that there are") {
 		t.Errorf("%+v", d)
 	}
 	if n := len(mappings(t, out, 500)); n != 399 {
@@ -384,8 +384,12 @@ func TestThinnedLeaves(t *testing.T) {
 					lost++
 				}
 			}
-			if d.Kept != uint64(len(got)) || uint64(len(d.Lost)) != lost || d.Gone != (len(got) == 0) {
-				t.Fatalf("%d data blocks: thin %d: %d kept, %d ranges lost, want %d and %d", left, id, d.Kept, len(d.Lost), len(got), lost)
+			ranges := uint64(0)
+			for _, l := range d.Lost {
+				ranges += l.End - l.Begin
+			}
+			if d.Kept != uint64(len(got)) || ranges != lost || d.Gone != (len(got) == 0) {
+				t.Fatalf("%d data blocks: thin %d: %d kept, %d lost, want %d and %d", left, id, d.Kept, ranges, len(got), lost)
 			}
 		}
 	}

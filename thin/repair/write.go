@@ -24,7 +24,7 @@ func (c *census) node(loc block.Loc, depth int) error {
 	if depth > btree.MaxDepth {
 		return block.Corruptf(loc, "b-tree deeper than %d", btree.MaxDepth)
 	}
-	n, err := c.read(loc)
+	n, err := c.b.read(loc)
 	if err != nil {
 		return err
 	}
@@ -36,13 +36,6 @@ func (c *census) node(loc block.Loc, depth int) error {
 		}
 	}
 	return nil
-}
-
-func (c *census) read(loc block.Loc) (btree.Node, error) {
-	if c.b.fresh[loc] {
-		return readNode(newNodes{c.b}, loc, 8)
-	}
-	return c.b.f.read(loc)
 }
 
 func (c *census) refer(b thin.DataBlock) {
