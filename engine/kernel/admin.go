@@ -23,6 +23,14 @@ func checkID(what string, ids ...thin.DevID) error {
 	return nil
 }
 
+// message sends a message to the pool, which commits, while this process does not suspend it: a
+// trim reads the committed state and relies on nobody committing meanwhile.
+func (p *Pool) message(send func(pool string) error) error {
+	p.tableMu.RLock()
+	defer p.tableMu.RUnlock()
+	return send(p.name)
+}
+
 // committed looks whether the commit that the kernel makes after a message has worked: the message
 // itself does not tell.
 func (p *Pool) committed(what string) error {
@@ -43,7 +51,7 @@ func (p *Pool) CreateThin(ctx context.Context, id thin.DevID) error {
 		return err
 	}
 	defer p.names.lock(id)()
-	if err := p.dm.CreateThin(p.name, uint32(id)); err != nil {
+	if err := p.message(func(pool string) error { return p.dm.CreateThin(pool, uint32(id)) }); err != nil {
 		return p.messageErr(what, err)
 	}
 	p.devices.Add(1)
@@ -73,6 +81,8 @@ func (p *Pool) CreateSnaps(ctx context.Context, pairs []engine.SnapPair) (err er
 		origins[pr.Origin] = true
 	}
 	defer p.names.lock(ids...)()
+	p.tableMu.RLock() // see message
+	defer p.tableMu.RUnlock()
 	var held []string
 	defer func() {
 		for _, name := range held {
@@ -129,7 +139,7 @@ func (p *Pool) Delete(ctx context.Context, id thin.DevID) error {
 	if err := p.dropLeftovers(ctx, id); err != nil {
 		return fmt.Errorf("%s: %w", what, err)
 	}
-	if err := p.dm.DeleteThin(p.name, uint32(id)); err != nil {
+	if err := p.message(func(pool string) error { return p.dm.DeleteThin(pool, uint32(id)) }); err != nil {
 		return p.messageErr(what, err)
 	}
 	p.devices.Add(-1)
@@ -140,7 +150,7 @@ func (p *Pool) Delete(ctx context.Context, id thin.DevID) error {
 // SetTransactionID replaces the pool's transaction id if it is old.
 func (p *Pool) SetTransactionID(ctx context.Context, old, next uint64) error {
 	what := fmt.Sprintf("set transaction id %d", next)
-	err := p.dm.SetTransactionID(p.name, old, next)
+	err := p.message(func(pool string) error { return p.dm.SetTransactionID(pool, old, next) })
 	if errors.Is(err, unix.EINVAL) {
 		if st, serr := p.poolStatus(true); serr == nil && !st.Failed {
 			return fmt.Errorf("%s: it is %d, not %d", what, st.TransactionID, old)

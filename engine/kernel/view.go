@@ -177,7 +177,7 @@ func (r *readers) let(p *Pool, held bool) error {
 	if !held {
 		return nil
 	}
-	if err := p.dm.ReleaseMetadataSnap(p.name); err != nil {
+	if err := p.message(p.dm.ReleaseMetadataSnap); err != nil {
 		return fmt.Errorf("release the metadata snapshot: %w", err)
 	}
 	return nil
@@ -197,7 +197,7 @@ func (p *Pool) ReserveMetadataSnap(ctx context.Context) error {
 		return fmt.Errorf("reserve the metadata snapshot: it is being read: %w", ctx.Err())
 	}
 	defer func() { <-slot }()
-	err := p.dm.ReserveMetadataSnap(p.name)
+	err := p.message(p.dm.ReserveMetadataSnap)
 	if errors.Is(err, unix.EBUSY) {
 		return errHeld
 	}
@@ -213,7 +213,7 @@ func (p *Pool) ReleaseMetadataSnap(ctx context.Context) error {
 		return fmt.Errorf("release the metadata snapshot: it is being read: %w", ctx.Err())
 	}
 	defer func() { <-slot }()
-	err := p.dm.ReleaseMetadataSnap(p.name)
+	err := p.message(p.dm.ReleaseMetadataSnap)
 	if errors.Is(err, unix.EINVAL) {
 		return fmt.Errorf("release the metadata snapshot: none is held: %w", thin.ErrNotFound)
 	}
@@ -224,7 +224,7 @@ var errHeld = fmt.Errorf("the metadata snapshot is held by somebody else (the me
 
 // reserveSnap takes the metadata snapshot. A pool that takes no changes stands still without one.
 func (p *Pool) reserveSnap() (v *thin.View, held bool, err error) {
-	err = p.dm.ReserveMetadataSnap(p.name)
+	err = p.message(p.dm.ReserveMetadataSnap)
 	switch {
 	case errors.Is(err, unix.EOPNOTSUPP):
 		st, serr := p.poolStatus(true)
@@ -250,7 +250,7 @@ func (p *Pool) reserveSnap() (v *thin.View, held bool, err error) {
 			return v, true, nil
 		}
 	}
-	return nil, false, errors.Join(err, p.dm.ReleaseMetadataSnap(p.name))
+	return nil, false, errors.Join(err, p.message(p.dm.ReleaseMetadataSnap))
 }
 
 // Devices lists the devices, by id, as of a commit made in the call.
