@@ -2,6 +2,7 @@ package vm
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"path/filepath"
 	"sync/atomic"
@@ -27,6 +28,12 @@ func Start(t testing.TB, c Config) *Machine {
 	Require(t)
 	begin := time.Now()
 	m, err := Boot(context.Background(), c)
+	if errors.Is(err, context.DeadlineExceeded) {
+		// On a busy host an emulated processor can lose its timer while the kernel starts. Nothing of
+		// the test has begun.
+		t.Logf("once more: %v", err)
+		m, err = Boot(context.Background(), c)
+	}
 	if err != nil {
 		t.Fatal(err)
 	}
