@@ -241,15 +241,6 @@ func TestBusy(t *testing.T) {
 	}
 }
 
-func waitFor(t testing.TB, what string, fn func() bool) {
-	t.Helper()
-	for end := time.Now().Add(30 * time.Second); !fn(); time.Sleep(10 * time.Millisecond) {
-		if time.Now().After(end) {
-			t.Fatalf("%s did not happen", what)
-		}
-	}
-}
-
 // Attachments outlive the store: with a holder the very mount goes on.
 func TestRestart(t *testing.T) { eachFS(t, testRestart) }
 

@@ -21,6 +21,7 @@ import (
 
 	"mica/engine/user"
 	"mica/export/fuse"
+	"mica/internal/storetest"
 )
 
 var modelOps = flag.Int("layer.ops", 120, "operations of the layer model test on the real engine")
@@ -187,13 +188,13 @@ func TestModel(t *testing.T) {
 // serveRole is a daemon that works until it is killed and says what it has done.
 func serveRole(dir string) error {
 	ctx := context.Background()
-	o, fo := rigOptions(dir, slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: slog.LevelError})))
+	o := rigOptions(dir, slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: slog.LevelError})))
 	o.BaseSize = 256 << 20
 	pool, err := user.Open(ctx, user.Location{Dir: filepath.Join(dir, "pool")}, user.Options{Logger: o.Logger})
 	if err != nil {
 		return err
 	}
-	e, err := fuse.New(fo)
+	e, err := fuse.New(fuse.Options{RunDir: o.Run, LinkDir: filepath.Join(dir, "links"), Logger: o.Logger, HelperCommand: storetest.Role("fuse-helper")})
 	if err != nil {
 		return err
 	}
@@ -267,7 +268,7 @@ func TestKill(t *testing.T) {
 	}
 	for round := range rounds {
 		r.close()
-		cmd := exec.Command("/proc/self/exe", "role-serve", r.dir)
+		cmd := exec.Command(storetest.Role("serve")[0], storetest.Role("serve", r.dir)[1:]...)
 		cmd.Stderr = os.Stderr
 		out, err := cmd.StdoutPipe()
 		ok(t, err)

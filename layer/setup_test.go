@@ -3,7 +3,6 @@ package layer
 import (
 	"archive/tar"
 	"bytes"
-	"context"
 	"crypto/sha256"
 	"encoding/hex"
 	"errors"
@@ -22,34 +21,29 @@ import (
 
 	"mica/engine"
 	"mica/engine/user"
-	"mica/export/fuse"
-	"mica/export/holder"
 	"mica/internal/recordfs"
-	"mica/layer/helper"
+	"mica/internal/storetest"
 )
 
-// The test binary plays the small roles too.
+// Short names for what the tests say all the time.
+var (
+	ok       = storetest.OK
+	tctx     = storetest.Context
+	needRoot = storetest.NeedRoot
+	eachFS   = storetest.EachFS
+	waitFor  = storetest.WaitFor
+)
+
+func must[T any](t testing.TB) func(T, error) T {
+	t.Helper()
+	return storetest.Must[T](t)
+}
+
 func TestMain(m *testing.M) {
-	if len(os.Args) > 1 && strings.HasPrefix(os.Args[1], "role-") {
-		var err error
-		switch os.Args[1] {
-		case "role-helper":
-			err = helper.Run(context.Background(), os.Stdin, os.Stdout, nil)
-		case "role-fuse-helper":
-			err = fuse.RunHelper(context.Background(), os.Stdin, os.Stdout)
-		case "role-holder":
-			err = holder.Run(context.Background(), os.Args[2])
-		case "role-serve":
-			err = serveRole(os.Args[2])
-		case "role-recordfs":
-			err = recordfs.Serve(os.Args[2], os.Stdin, os.Stdout)
-		}
-		if err != nil {
-			fmt.Fprintln(os.Stderr, os.Args[1]+":", err)
-			os.Exit(1)
-		}
-		os.Exit(0)
-	}
+	storetest.PlayRole(map[string]func(string) error{
+		"serve":    serveRole,
+		"recordfs": func(dir string) error { return recordfs.Serve(dir, os.Stdin, os.Stdout) },
+	})
 	// The race detector makes every process that ends wait for a second.
 	os.Setenv("GORACE", "atexit_sleep_ms=0")
 	code := m.Run()
@@ -60,28 +54,6 @@ func TestMain(m *testing.M) {
 		}
 	}
 	os.Exit(code)
-}
-
-// needRoot skips a test that cannot run here, loudly.
-func needRoot(t testing.TB) {
-	t.Helper()
-	if os.Geteuid() != 0 {
-		t.Skip("SKIPPED: mounting, FUSE and loop devices need root")
-	}
-	for _, p := range []string{"/dev/fuse", "/dev/loop-control", "/dev/shm"} {
-		if _, err := os.Stat(p); err != nil {
-			t.Skipf("SKIPPED: no %s here: %v", p, err)
-		}
-	}
-	if _, err := exec.LookPath("mke2fs"); err != nil {
-		t.Skip("SKIPPED: mke2fs is not installed (package e2fsprogs)")
-	}
-}
-
-func tctx(t testing.TB) context.Context {
-	ctx, cancel := context.WithTimeout(context.Background(), 90*time.Second)
-	t.Cleanup(cancel)
-	return ctx
 }
 
 func testLogger(t testing.TB) *slog.Logger {
@@ -95,8 +67,8 @@ func testLogger(t testing.TB) *slog.Logger {
 // rig is a real pool on memory, with the FUSE exporter and a store on it.
 type rig struct {
 	t      testing.TB
+	host   *storetest.Host
 	dir    string
-	loc    user.Location
 	pool   *user.Pool
 	s      *Store
 	o      Options // changed before open
@@ -111,26 +83,14 @@ type rig struct {
 
 func newRig(t testing.TB) *rig {
 	t.Helper()
-	needRoot(t)
-	dir, err := os.MkdirTemp("/dev/shm", "mica-layer-")
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { os.RemoveAll(dir) })
-	r := &rig{t: t, dir: dir, loc: user.Location{Dir: filepath.Join(dir, "pool")}}
-	if err := os.Mkdir(r.loc.Dir, 0o700); err != nil {
-		t.Fatal(err)
-	}
-	r.dataBytes = 8 << 30
-	return r
+	h := storetest.NewHost(t, "layer")
+	return &rig{t: t, host: h, dir: h.Dir, dataBytes: 8 << 30}
 }
 
-func rigOptions(dir string, log *slog.Logger) (Options, fuse.Options) {
-	run := filepath.Join(dir, "run")
-	return Options{Root: filepath.Join(dir, "root"), Run: run, BaseSize: 2 << 30, Logger: log,
-			HelperCommand: []string{"/proc/self/exe", "role-helper"}, HelperTimeout: 30 * time.Second},
-		fuse.Options{RunDir: run, LinkDir: filepath.Join(dir, "links"), Logger: log,
-			HelperCommand: []string{"/proc/self/exe", "role-fuse-helper"}}
+// rigOptions are those of a store in a directory, but for what is below it.
+func rigOptions(dir string, log *slog.Logger) Options {
+	return Options{Root: filepath.Join(dir, "root"), Run: filepath.Join(dir, "run"), BaseSize: 2 << 30, Logger: log,
+		HelperCommand: storetest.Role("helper"), HelperTimeout: 30 * time.Second}
 }
 
 // open opens pool, exporter and store.
@@ -144,30 +104,21 @@ func (r *rig) open() *Store {
 
 func (r *rig) tryOpen() error {
 	ctx := tctx(r.t)
-	o, fo := rigOptions(r.dir, testLogger(r.t))
+	o := rigOptions(r.dir, testLogger(r.t))
 	if r.o.BaseSize != 0 {
 		o.BaseSize = r.o.BaseSize
 	}
 	o.FSType, o.NBD, o.AcceptPool, o.NoTrim = r.o.FSType, r.o.NBD, r.o.AcceptPool, r.o.NoTrim
 	o.Discard = r.o.Discard
-	if r.holder {
-		fo.HolderSocket = filepath.Join(r.dir, "holder.sock")
-		fo.HolderCommand = []string{"/proc/self/exe", "role-holder", fo.HolderSocket}
-	}
-	if _, err := os.Stat(r.loc.DataPath()); err != nil {
-		if err := user.Format(ctx, r.loc, user.FormatOptions{DataBytes: r.dataBytes}); err != nil {
-			return err
-		}
-	}
-	var err error
-	if r.pool, err = user.Open(ctx, r.loc, user.Options{Logger: o.Logger, NoSpaceTimeout: r.noSpaceWait}); err != nil {
+	if err := r.host.Format(r.dataBytes); err != nil {
 		return err
 	}
-	e, err := fuse.New(fo)
+	r.host.Holder = r.holder
+	e, err := r.host.Open(ctx, user.Options{NoSpaceTimeout: r.noSpaceWait}, o.Logger)
 	if err != nil {
-		r.pool.Close()
 		return err
 	}
+	r.pool = r.host.Pool
 	o.Pool, o.Exporter = r.pool, e
 	if r.wrap != nil {
 		o.Pool = r.wrap(r.pool)
@@ -175,7 +126,7 @@ func (r *rig) tryOpen() error {
 	r.s, err = open(ctx, o, nil, r.fault)
 	if err != nil {
 		e.Close()
-		r.pool.Close()
+		r.host.Close()
 		return err
 	}
 	r.t.Cleanup(func() {
@@ -197,15 +148,8 @@ func (r *rig) close() {
 	if err := r.s.Close(); err != nil && r.fault == nil {
 		r.t.Errorf("close the store: %v", err)
 	}
-	if err := r.pool.Close(); err != nil {
-		r.t.Errorf("close the pool: %v", err)
-	}
 	r.s = nil
-	if path, err := exec.LookPath("thin_check"); err == nil {
-		if out, err := exec.Command(path, r.loc.MetadataPath()).CombinedOutput(); err != nil {
-			r.t.Errorf("thin_check: %v\n%s", err, out)
-		}
-	}
+	r.host.Close()
 }
 
 func (r *rig) reopen() *Store {
@@ -217,40 +161,7 @@ func (r *rig) reopen() *Store {
 // used is what the pool holds, in blocks, when nothing is on its way any more.
 func (r *rig) used() uint64 {
 	r.t.Helper()
-	ctx := tctx(r.t)
-	if err := r.s.WaitQueue(ctx); err != nil {
-		r.t.Fatal(err)
-	}
-	if err := r.pool.Commit(ctx); err != nil {
-		r.t.Fatal(err)
-	}
-	for end := time.Now().Add(10 * time.Second); ; time.Sleep(5 * time.Millisecond) {
-		st, err := r.pool.Status(ctx)
-		if err != nil {
-			r.t.Fatal(err)
-		}
-		if st.DataFreeing == 0 || time.Now().After(end) {
-			return st.DataUsed
-		}
-	}
-}
-
-func must[T any](t testing.TB) func(T, error) T {
-	t.Helper()
-	return func(v T, err error) T {
-		t.Helper()
-		if err != nil {
-			t.Fatal(err)
-		}
-		return v
-	}
-}
-
-func ok(t testing.TB, err error) {
-	t.Helper()
-	if err != nil {
-		t.Fatal(err)
-	}
+	return r.host.Used(r.s.WaitQueue, func() bool { return true })
 }
 
 // file is an entry of a test layer: content, or a whiteout ("name" with no content and del).
@@ -396,16 +307,4 @@ func few(n int) int {
 		return 1
 	}
 	return n
-}
-
-// eachFS runs a test on every kind of base file system.
-func eachFS(t *testing.T, fn func(t *testing.T, fs string)) {
-	for _, fs := range []string{"ext4", "xfs"} {
-		t.Run(fs, func(t *testing.T) {
-			if _, err := exec.LookPath("mkfs.xfs"); fs == "xfs" && err != nil {
-				t.Skip("SKIPPED: mkfs.xfs is not installed (package xfsprogs)")
-			}
-			fn(t, fs)
-		})
-	}
 }

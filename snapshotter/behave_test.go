@@ -190,7 +190,7 @@ func testMounts(t *testing.T, fs string) {
 	ctx := tctx(t)
 	r.layer(s, "p", "", map[string]string{"a": "text"})
 	m := must[[]mount.Mount](t)(s.Prepare(ctx, "active", "p"))
-	if len(m) != 1 || m[0].Type != fs || filepath.Dir(m[0].Source) != r.links() {
+	if len(m) != 1 || m[0].Type != fs || filepath.Dir(m[0].Source) != r.host.Links() {
 		t.Fatalf("mounts %+v", m)
 	}
 	attached := must[layer.Status](t)(r.store.Status(ctx)).Attached
@@ -253,11 +253,30 @@ func testMounts(t *testing.T, fs string) {
 			t.Fatalf("links were used again: %s, %s", n[0].Source, w[0].Source)
 		}
 	}
-	for _, old := range [][]mount.Mount{m, v} {
-		if err := mount.All(old, r.dir); !errors.Is(err, unix.ENOENT) {
-			t.Errorf("mount of an old list: %v, want ENOENT", err)
+	old := [][]mount.Mount{m, v, must[[]mount.Mount](t)(s.Mounts(ctx, "new0")), must[[]mount.Mount](t)(s.Mounts(ctx, "newview0"))}
+	stale := func(when string, list [][]mount.Mount) {
+		t.Helper()
+		for _, o := range list {
+			if err := mount.All(o, r.dir); !errors.Is(err, unix.ENOENT) {
+				t.Errorf("%s, mount of an old list: %v, want ENOENT", when, err)
+			}
 		}
 	}
+	stale("with others in their place", old[:2])
+	// Nor after a restart, and of none that goes after it.
+	r.close()
+	r.open()
+	s = r.snapshotter("mica")
+	stale("after a restart", old[:2])
+	ok(t, s.Remove(ctx, "new0"))
+	for i := range 4 {
+		ok(t, s.Remove(ctx, fmt.Sprint("newview", i)))
+	}
+	for i := range 4 {
+		must[[]mount.Mount](t)(s.Prepare(ctx, fmt.Sprint("newer", i), "p"))
+		must[[]mount.Mount](t)(s.View(ctx, fmt.Sprint("newerview", i), "p"))
+	}
+	stale("with others in their place after a restart", old)
 }
 
 // TestUnpackCosts: unpacking a layer costs mica no mount and at most two pool commits.

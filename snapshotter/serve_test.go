@@ -46,6 +46,18 @@ func (brokenSnapshotter) Walk(context.Context, snapshots.WalkFunc, ...string) er
 	return as(errors.New("no such filter"), errdefs.ErrInvalidArgument)
 }
 
+// TestNoServer: without a daemon a client learns that, and which socket does not answer.
+func TestNoServer(t *testing.T) {
+	sock := filepath.Join(t.TempDir(), "none.sock")
+	conn, err := grpc.NewClient("unix://"+sock, grpc.WithTransportCredentials(insecure.NewCredentials()))
+	ok(t, err)
+	defer conn.Close()
+	sn := proxy.NewSnapshotter(snapshotsapi.NewSnapshotsClient(conn), "mica")
+	_, err = sn.Prepare(tctx(t), "k", "")
+	wantClass(t, err, errdefs.IsUnavailable, sock)
+	wantClass(t, sn.Remove(tctx(t), "k"), errdefs.IsUnavailable, sock)
+}
+
 // TestServer: only root and the daemon's own user are answered, whatever the socket's mode is; a panic
 // is an error and not the end; errors of streams have classes; calls are counted.
 func TestServer(t *testing.T) {

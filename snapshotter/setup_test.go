@@ -3,12 +3,9 @@ package snapshotter
 import (
 	"context"
 	"errors"
-	"fmt"
-	"io"
 	"log/slog"
 	"net"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -24,74 +21,45 @@ import (
 
 	"mica/engine"
 	"mica/engine/user"
-	"mica/export/fuse"
 	"mica/export/holder"
+	"mica/internal/storetest"
 	"mica/layer"
 	"mica/layer/helper"
 )
 
-// The test binary plays the small roles too.
-func TestMain(m *testing.M) {
-	if len(os.Args) > 1 && strings.HasPrefix(os.Args[1], "role-") {
-		var err error
-		switch os.Args[1] {
-		case "role-helper":
-			noteHelper()
-			err = helper.Run(context.Background(), os.Stdin, os.Stdout, nil)
-		case "role-fuse-helper":
-			err = fuse.RunHelper(context.Background(), os.Stdin, os.Stdout)
-		case "role-holder":
-			err = holder.Run(context.Background(), os.Args[2])
-		case "role-client":
-			err = clientRole(os.Args[2])
-		}
-		if err != nil {
-			fmt.Fprintln(os.Stderr, os.Args[1]+":", err)
-			os.Exit(1)
-		}
-		os.Exit(0)
-	}
-	os.Exit(m.Run())
-}
+// Short names for what the tests say all the time.
+var (
+	ok         = storetest.OK
+	tctx       = storetest.Context
+	eachFS     = storetest.EachFS
+	waitFor    = storetest.WaitFor
+	testLogger = storetest.Logger
+)
 
-// needRoot skips a test that cannot run here, loudly.
-func needRoot(t testing.TB) {
+func must[T any](t testing.TB) func(T, error) T {
 	t.Helper()
-	if os.Geteuid() != 0 {
-		t.Skip("SKIPPED: mounting, FUSE and loop devices need root")
-	}
-	for _, p := range []string{"/dev/fuse", "/dev/loop-control", "/dev/shm"} {
-		if _, err := os.Stat(p); err != nil {
-			t.Skipf("SKIPPED: no %s here: %v", p, err)
-		}
-	}
-	if _, err := exec.LookPath("mke2fs"); err != nil {
-		t.Skip("SKIPPED: mke2fs is not installed (package e2fsprogs)")
-	}
+	return storetest.Must[T](t)
 }
 
-func tctx(t testing.TB) context.Context {
-	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
-	t.Cleanup(cancel)
-	return ctx
-}
-
-func testLogger() *slog.Logger {
-	if testing.Verbose() {
-		return slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: slog.LevelInfo}))
-	}
-	return slog.New(slog.NewTextHandler(io.Discard, nil))
+func TestMain(m *testing.M) {
+	storetest.PlayRole(map[string]func(string) error{
+		"helper": func(string) error {
+			noteHelper()
+			return helper.Run(context.Background(), os.Stdin, os.Stdout, nil)
+		},
+		"client": clientRole,
+	})
+	os.Exit(m.Run())
 }
 
 // rig is a pool on memory with a store on it.
 type rig struct {
 	t     testing.TB
+	host  *storetest.Host
 	dir   string
-	loc   user.Location
 	poolO user.Options
 	o     layer.Options // changed before open
 	pool  *user.Pool
-	exp   *fuse.Exporter
 	store *layer.Store
 	log   *slog.Logger
 	all   []*Snapshotter
@@ -101,13 +69,12 @@ type rig struct {
 
 func newRig(t testing.TB, dataBytes int64) *rig {
 	t.Helper()
-	needRoot(t)
-	dir, err := os.MkdirTemp("/dev/shm", "mica-sn-")
-	ok(t, err)
-	r := &rig{t: t, dir: dir, loc: user.Location{Dir: filepath.Join(dir, "pool")}, log: testLogger()}
+	h := storetest.NewHost(t, "sn")
+	h.Holder = true
+	r := &rig{t: t, host: h, dir: h.Dir, log: testLogger()}
 	t.Cleanup(func() {
 		// In order: a loop device outlives the end of its server, and would be left.
-		unmountIn(dir, func(at string) bool { return strings.HasPrefix(at, dir+"/m") })
+		storetest.UnmountIn(h.Dir, func(at string) bool { return strings.HasPrefix(at, h.Dir+"/m") })
 		if r.store != nil {
 			ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
 			r.store.Nudge()
@@ -117,22 +84,18 @@ func newRig(t testing.TB, dataBytes int64) *rig {
 			cancel()
 		}
 		r.close()
-		if c, err := holder.Dial(filepath.Join(dir, "holder.sock")); err == nil {
+		if c, err := holder.Dial(h.HolderSocket()); err == nil {
 			c.Quit(true)
 			c.Close()
 		}
-		unmountIn(dir, func(string) bool { return true })
-		os.RemoveAll(dir)
+		storetest.UnmountIn(h.Dir, func(string) bool { return true })
 	})
-	ok(t, os.Mkdir(r.loc.Dir, 0o700))
-	helpers := filepath.Join(dir, "helpers")
+	helpers := filepath.Join(h.Dir, "helpers")
 	ok(t, os.WriteFile(helpers, nil, 0o600))
 	os.Setenv(helpersEnv, helpers)
-	ok(t, user.Format(context.Background(), r.loc, user.FormatOptions{DataBytes: dataBytes}))
-	run := filepath.Join(dir, "run")
-	r.o = layer.Options{Root: filepath.Join(dir, "root"), Run: run, BaseSize: 1 << 30, Discard: true, Logger: r.log,
-		HelperCommand: []string{"/proc/self/exe", "role-helper"}, HelperTimeout: 30 * time.Second}
-	r.poolO.Logger = r.log
+	ok(t, h.Format(dataBytes))
+	r.o = layer.Options{Root: filepath.Join(h.Dir, "root"), Run: h.Run, BaseSize: 1 << 30, Discard: true, Logger: r.log,
+		HelperCommand: storetest.Role("helper"), HelperTimeout: 30 * time.Second}
 	return r
 }
 
@@ -140,14 +103,10 @@ func newRig(t testing.TB, dataBytes int64) *rig {
 func (r *rig) open() *rig {
 	r.t.Helper()
 	ctx := tctx(r.t)
-	var err error
-	r.pool, err = user.Open(ctx, r.loc, r.poolO)
+	e, err := r.host.Open(ctx, r.poolO, r.log)
 	ok(r.t, err)
-	sock := filepath.Join(r.dir, "holder.sock")
-	r.exp, err = fuse.New(fuse.Options{RunDir: r.o.Run, LinkDir: r.links(), Logger: r.log, HolderSocket: sock,
-		HolderCommand: []string{"/proc/self/exe", "role-holder", sock}, HelperCommand: []string{"/proc/self/exe", "role-fuse-helper"}})
-	ok(r.t, err)
-	r.o.Pool, r.o.Exporter = r.pool, r.exp
+	r.pool = r.host.Pool
+	r.o.Pool, r.o.Exporter = r.pool, e
 	if r.wrapPool != nil {
 		r.o.Pool = r.wrapPool(r.pool)
 	}
@@ -156,8 +115,6 @@ func (r *rig) open() *rig {
 	waitFor(r.t, "the base", func() bool { return must[layer.Status](r.t)(r.store.Status(ctx)).BaseReady })
 	return r
 }
-
-func (r *rig) links() string { return filepath.Join(r.dir, "links") }
 
 func (r *rig) close() {
 	if r.store == nil {
@@ -170,15 +127,8 @@ func (r *rig) close() {
 	if err := r.store.Close(); err != nil {
 		r.t.Errorf("close the store: %v", err)
 	}
-	if err := r.pool.Close(); err != nil {
-		r.t.Errorf("close the pool: %v", err)
-	}
 	r.store = nil
-	if path, err := exec.LookPath("thin_check"); err == nil {
-		if out, err := exec.Command(path, r.loc.MetadataPath()).CombinedOutput(); err != nil {
-			r.t.Errorf("thin_check: %v\n%s", err, out)
-		}
-	}
+	r.host.Close()
 }
 
 // snapshotter makes one with what callers usually want.
@@ -197,41 +147,7 @@ func (r *rig) snapshotter(name string, change ...func(*Options)) *Snapshotter {
 // used is how many blocks the pool holds when nothing is on its way any more.
 func (r *rig) used() uint64 {
 	r.t.Helper()
-	ctx := tctx(r.t)
-	for end := time.Now().Add(20 * time.Second); ; time.Sleep(5 * time.Millisecond) {
-		ok(r.t, r.store.WaitQueue(ctx))
-		ok(r.t, r.pool.Commit(ctx))
-		st, err := r.pool.Status(ctx)
-		ok(r.t, err)
-		if st.DataFreeing == 0 && len(r.store.Queue()) == 0 || time.Now().After(end) {
-			return st.DataUsed
-		}
-	}
-}
-
-func ok(t testing.TB, err error) {
-	t.Helper()
-	if err != nil {
-		t.Fatal(err)
-	}
-}
-
-func waitFor(t testing.TB, what string, fn func() bool) {
-	t.Helper()
-	for end := time.Now().Add(30 * time.Second); !fn(); time.Sleep(5 * time.Millisecond) {
-		if time.Now().After(end) {
-			t.Fatalf("%s did not happen", what)
-		}
-	}
-}
-
-func must[T any](t testing.TB) func(T, error) T {
-	t.Helper()
-	return func(v T, err error) T {
-		t.Helper()
-		ok(t, err)
-		return v
-	}
+	return r.host.Used(r.store.WaitQueue, func() bool { return len(r.store.Queue()) == 0 })
 }
 
 // serveOn serves a snapshotter on a socket and returns a client of it, as containerd has one.
@@ -319,30 +235,5 @@ func wantClass(t testing.TB, err error, is func(error) bool, words ...string) {
 		if !strings.Contains(err.Error(), w) {
 			t.Errorf("error %q does not say %q", err, w)
 		}
-	}
-}
-
-// unmountIn takes away what a test left mounted below dir.
-func unmountIn(dir string, which func(at string) bool) {
-	text, _ := os.ReadFile("/proc/self/mounts")
-	for line := range strings.Lines(string(text)) {
-		f := strings.Fields(line)
-		if len(f) > 1 && strings.HasPrefix(f[1], dir+"/") && which(f[1]) {
-			if unix.Unmount(f[1], 0) != nil {
-				unix.Unmount(f[1], unix.MNT_DETACH)
-			}
-		}
-	}
-}
-
-// eachFS runs a test on every kind of base file system.
-func eachFS(t *testing.T, fn func(t *testing.T, fs string)) {
-	for _, fs := range []string{"ext4", "xfs"} {
-		t.Run(fs, func(t *testing.T) {
-			if _, err := exec.LookPath("mkfs.xfs"); fs == "xfs" && err != nil {
-				t.Skip("SKIPPED: mkfs.xfs is not installed (package xfsprogs)")
-			}
-			fn(t, fs)
-		})
 	}
 }
