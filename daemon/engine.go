@@ -17,7 +17,6 @@ import (
 	"mica/engine"
 	"mica/engine/kernel"
 	"mica/engine/user"
-	"mica/journal"
 	"mica/thin"
 )
 
@@ -72,7 +71,7 @@ func openUser(ctx context.Context, l user.Location, c config.Config, log *slog.L
 		CommitInterval:  time.Duration(c.Pool.CommitInterval),
 		TableCacheBytes: int64(c.Limits.TableCache), MetaCacheBytes: int64(c.Limits.MetadataCache), Logger: log,
 		NoJournal: !c.Pool.Journal, JournalBytes: journalBytes,
-		Exports: &journal.Exports{Run: c.Run, Dirs: exportDirs(c.Run)},
+		Exports: &user.Exports{Run: c.Run, Dirs: exportDirs(c.Run)},
 	}
 	var err error
 	if o.LowWaterMark, err = lowWaterMark(l, c.Pool.LowWater); err != nil {

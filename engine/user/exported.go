@@ -4,6 +4,9 @@ import (
 	"mica/journal"
 )
 
+// Exports say who gives out devices of a pool, and leaves them to its successor.
+type Exports = journal.Exports
+
 // ErrExported: devices of the pool are given out by a process that is gone, and wait for its
 // successor, which alone may write to the pool.
 var ErrExported = journal.ErrExported

@@ -48,7 +48,7 @@ type Options struct {
 
 	// Exports, if not nil, says where its process leaves devices to its successor. A pool of which
 	// another one has left any is refused (ErrExported), unless it is opened read-only.
-	Exports *journal.Exports
+	Exports *Exports
 
 	step func(name string) // for tests: called between the steps of a commit and of a takeover
 
