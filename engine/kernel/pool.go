@@ -66,7 +66,8 @@ type Pool struct {
 	// of a thin device, which the kernel refuses meanwhile.
 	tableMu sync.RWMutex
 
-	looking func() // called between a look's superblock and its reads; for tests
+	// For tests: called between the superblock and the reads of a look, and of a step of a trim.
+	looking, trimming func()
 
 	stop  chan struct{}
 	loops sync.WaitGroup

@@ -118,6 +118,9 @@ func (p *Pool) trimStep(data int, next thin.DataBlock) (passed int64, end thin.D
 	if err != nil {
 		return 0, next, false, err
 	}
+	if p.trimming != nil {
+		p.trimming()
+	}
 	begin := time.Now()
 	total := v.Superblock().DataMap.NrBlocks
 	err = v.FreeData(next, func(r thin.DataRun) (bool, error) {

@@ -3,6 +3,7 @@
 package kernel
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"sync"
@@ -133,5 +134,59 @@ func TestReadersShare(t *testing.T) {
 	}
 	if st, err := p.Status(ctx); err != nil || st.HeldRoot != 0 {
 		t.Errorf("status %+v, %v", st, err)
+	}
+}
+
+// TestTrimStandsStill: while a trim reads which blocks are free nobody commits, for a later commit may
+// put another bitmap where it is about to read one, and it would discard what is mapped.
+func TestTrimStandsStill(t *testing.T) {
+	p, err := Open(ctx, Source{Dir: newDir(t, 16<<20, 256<<10, 64<<10)}, Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer p.Close()
+	must := func(err error) {
+		t.Helper()
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	for id := thin.DevID(1); id <= 3; id++ {
+		must(p.CreateThin(ctx, id))
+	}
+	must(p.SetTransactionID(ctx, 0, 1))
+	held := 0
+	changes := []func() error{
+		func() error { return p.Delete(ctx, 3) },
+		func() error { return p.CreateThin(ctx, 4) },
+		func() error { return p.CreateSnap(ctx, 5, 1) },
+		func() error { return p.SetTransactionID(ctx, 1, 2) },
+		func() error { return p.ReserveMetadataSnap(ctx) },
+		func() error { return p.ReleaseMetadataSnap(ctx) },
+	}
+	for i, change := range changes {
+		done := make(chan error, 1)
+		p.trimming = func() {
+			p.trimming = nil
+			held++
+			before, err := p.superblockBytes()
+			must(err)
+			go func() { done <- change() }()
+			select {
+			case err := <-done:
+				t.Errorf("change %d was done in the middle of a trim: %v", i, err)
+				done <- err
+			case <-time.After(300 * time.Millisecond):
+			}
+			if after, err := p.superblockBytes(); err != nil || !bytes.Equal(before, after) {
+				t.Errorf("change %d was committed in the middle of a trim (%v)", i, err)
+			}
+		}
+		_, err := p.Trim(ctx)
+		must(err)
+		must(<-done)
+	}
+	if held != len(changes) {
+		t.Errorf("%d looks", held)
 	}
 }
