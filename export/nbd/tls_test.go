@@ -594,9 +594,51 @@ func TestTLSDrain(t *testing.T) {
 	if err := x.s.RemoveExport(t.Context(), "disk"); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := c.r.ReadByte(); err != io.EOF { // io.ErrUnexpectedEOF without close_notify
+	if _, err := c.r.ReadByte(); err != io.EOF {
 		t.Errorf("after the removal: %v, want EOF", err)
 	}
+}
+
+// TestTLSGoodbye: the end of the stream is said in TLS, so that nobody in the middle can say it.
+// With TLS 1.2 an alert can be told from data on the wire.
+func TestTLSGoodbye(t *testing.T) {
+	x := newTLSSite(t, Options{})
+	p, err := greet(dialTCP(t, x.addr), 3)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := p.option(5, nil); err != nil {
+		t.Fatal(err)
+	}
+	cc := x.clientConfig(x.ca.Client())
+	cc.MaxVersion = tls.VersionTLS12
+	tap := &tapped{Conn: p.nc}
+	c := newTClient(tls.Client(tap, cc))
+	if err := c.enter("disk", true, false); err != nil {
+		t.Fatal(err)
+	}
+	tap.b = nil
+	if err := x.s.RemoveExport(t.Context(), "disk"); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := io.ReadAll(c.r); err != nil {
+		t.Fatal(err)
+	}
+	if len(tap.b) < 5 || tap.b[0] != 21 {
+		t.Errorf("the last bytes are % x, want a record of an alert (21)", tap.b)
+	}
+}
+
+// A tapped connection remembers what was read.
+type tapped struct {
+	net.Conn
+	b []byte
+}
+
+func (c *tapped) Read(p []byte) (int, error) {
+	n, err := c.Conn.Read(p)
+	c.b = append(c.b, p[:n]...)
+	return n, err
 }
 
 // TestTLSStalledClientIsCutOff: one that reads nothing does not hold up the end.
