@@ -64,3 +64,16 @@ func (w *onceWalk) visit(id DevID, loc block.Loc, depth int) error {
 	}
 	return nil
 }
+
+// Lookup returns where a virtual block lives.
+func (v *View) Lookup(id DevID, vb VBlock) (Mapping, bool, error) {
+	root, err := v.root(id)
+	if err != nil {
+		return Mapping{}, false, err
+	}
+	b, ok, err := v.reader(8).Lookup(root, uint64(vb))
+	if err != nil || !ok {
+		return Mapping{}, false, err
+	}
+	return UnpackMapping(binary.LittleEndian.Uint64(b)), true, nil
+}

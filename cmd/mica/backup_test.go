@@ -26,7 +26,7 @@ func TestBackupAndBack(t *testing.T) {
 	b.write(dir+"/kept", "kept")
 	b.mica("umount", "web")
 	made := asJSON[backup.Info](b, "pool", "backup")
-	saved := filepath.Join(b.dir, "saved.xml.zst")
+	saved := filepath.Join(b.dir, "saved.img.zst")
 	must(t, os.Link(made.Path, saved))
 
 	// The schedule: while something changes there is one a second, and at most four.

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -35,9 +36,10 @@ func newPoolBackupCmd() *cobra.Command {
 	c := &cobra.Command{
 		Use:   "backup [POOL]",
 		Short: "Write a backup of a pool's metadata",
-		Long: `Write the metadata of a pool to a compressed file, POOL/backups/metadata-TRANSACTION-TIME.xml.zst
-or in the directory that --dir names. It holds what 'mica thin dump' and thin_dump write. The
-oldest backups beyond --keep are removed.
+		Long: `Write the metadata of a pool to a compressed file, POOL/backups/metadata-TRANSACTION-TIME.img.zst
+or in the directory that --dir names. Decompressed (zstd -d) it is a metadata device, which
+'mica thin dump', thin_dump and the other tools read. The oldest backups beyond --keep are
+removed.
 
 The daemon does so by itself, at its end and as [backup] in its configuration says. Without POOL
 it is told to do it now, of its last commit; I/O goes on.
@@ -161,8 +163,8 @@ func newPoolRestoreCmd() *cobra.Command {
 	c := &cobra.Command{
 		Use:   "restore POOL --from FILE",
 		Short: "Put the metadata of a pool back to a backup",
-		Long: `Put the metadata of a closed pool back to a backup, or to any dump of 'mica thin dump' or
-thin_dump of this pool, compressed or not. Devices made since are lost, and so are blocks that
+		Long: `Put the metadata of a closed pool back to a backup, or to any copy of its metadata or dump of
+'mica thin dump' or thin_dump, compressed or not. Devices made since are lost, and so are blocks that
 were written for the first time since. A backup holds no data: a block that stays holds what was
 written to it last, also after the backup.
 
@@ -180,8 +182,8 @@ read-only; start it once with 'mica serve --accept-pool'.
 
 Exit status 0 if the pool was put back, else 1.`,
 		Example: `  mica pool backups /srv/pool
-  mica pool restore /srv/pool --from /srv/pool/backups/metadata-41-20310506T120000.000Z.xml.zst
-  mica pool restore /srv/pool --from /srv/pool/backups/metadata-41-20310506T120000.000Z.xml.zst --yes`,
+  mica pool restore /srv/pool --from /srv/pool/backups/metadata-41-20310506T120000.000Z.img.zst
+  mica pool restore /srv/pool --from /srv/pool/backups/metadata-41-20310506T120000.000Z.img.zst --yes`,
 		Args: func(cmd *cobra.Command, args []string) error {
 			if r.p.metadata == "" && len(args) == 0 {
 				return fmt.Errorf("want: mica pool %s", cmd.Use)
@@ -229,9 +231,9 @@ func (r *restoreCmd) run(cmd *cobra.Command, args []string) error {
 			return err
 		}
 	}
-	tmp := r.keep + ".new"
+	img, tmp := r.keep+".backup", r.keep+".new"
 	defer os.Remove(tmp) // gone already if it was swapped in
-	rep, err := r.write(cmd, old, tmp)
+	rep, err := r.write(cmd, old, img, tmp)
 	if err != nil {
 		return err
 	}
@@ -256,68 +258,64 @@ func (r *restoreCmd) run(cmd *cobra.Command, args []string) error {
 	return swapMetadata(cmd.Context(), w, l, tmp, r.keep)
 }
 
-// write makes the new metadata in a file of its own. Devices of a dump do not share nodes, so that
-// they may need more room than before: a file gets it.
-func (r *restoreCmd) write(cmd *cobra.Command, old dev.Device, tmp string) (*backup.Report, error) {
-	present, presentErr := thin.OpenView(old)
-	bar := newBar(cmd, "restore", "mappings", r.asJSON)
+// growthLimit is how much larger than the present metadata those of a dump may become, whose devices
+// do not share nodes.
+const growthLimit = 64
+
+// write makes the new metadata in the file tmp. The file img is the backup meanwhile.
+func (r *restoreCmd) write(cmd *cobra.Command, old dev.Device, img, tmp string) (*backup.Report, error) {
+	bar := newBar(cmd, "restore", "steps", r.asJSON)
 	defer bar.end()
-	r.o.Progress = func(n uint64) error {
-		bar.set(int64(n), 0)
+	r.o.Progress = func(_ string, done, total uint64) error {
+		bar.set(int64(done), int64(total))
 		return cmd.Context().Err()
 	}
-	_, device := old.(*dev.Block)
-	for size := old.Size(); ; size = min(2*size, thin.MaxMetadataBytes) {
-		rep, err := r.attempt(present, tmp, size)
-		if errors.Is(err, thin.ErrNoMetaSpace) && size < thin.MaxMetadataBytes && !device {
-			continue
-		}
-		if err != nil {
-			return nil, fmt.Errorf("%s: %w", r.from, err)
-		}
-		if !rep.Compared && presentErr != nil {
-			rep.Why = presentErr.Error()
-		}
-		return rep, nil
+	size := old.Size()
+	limit := growthLimit * size
+	if _, device := old.(*dev.Block); device {
+		limit = size
 	}
-}
-
-func (r *restoreCmd) attempt(present *thin.View, tmp string, size int64) (*backup.Report, error) {
-	in, err := backup.Open(r.from)
+	from, err := backup.Unpack(r.from, img, limit)
 	if err != nil {
 		return nil, err
 	}
-	defer in.Close()
+	defer os.Remove(img)
+	defer from.Close()
+	present, presentErr := thin.OpenView(old)
+	if size = max(size, from.Size()); size > limit {
+		return nil, fmt.Errorf("%s: metadata of %d bytes do not fit the device of %d", r.from, from.Size(), old.Size())
+	}
 	out, _, err := openOutput(tmp, size, true)
 	if err != nil {
 		return nil, err
 	}
-	rep, err := backup.Restore(in, present, out, r.o)
-	return rep, errors.Join(err, out.Close())
+	rep, err := backup.Restore(from, present, out, r.o)
+	if err = errors.Join(err, out.Close()); err != nil {
+		return nil, fmt.Errorf("%s: %w", r.from, err)
+	}
+	if !rep.Compared && presentErr != nil {
+		rep.Why = presentErr.Error()
+	}
+	return rep, nil
 }
 
 // print says what is lost.
 func (r *restoreCmd) print(cmd *cobra.Command, rep *backup.Report) error {
-	w := cmd.OutOrStdout()
+	w, b := cmd.OutOrStdout(), rep.Backup
 	if rep.Compared {
-		fmt.Fprintf(w, "backup: transaction id %d, %d devices; the pool now: transaction id %d\n", rep.TransactionID, len(rep.Devices), rep.Present)
+		fmt.Fprintf(w, "backup: transaction id %d, %d devices; the pool now: transaction id %d\n", rep.TransactionID, len(b.Devices), rep.Present)
 	} else {
-		fmt.Fprintf(w, "backup: transaction id %d, %d devices\n", rep.TransactionID, len(rep.Devices))
+		fmt.Fprintf(w, "backup: transaction id %d, %d devices\n", rep.TransactionID, len(b.Devices))
 		fmt.Fprintf(w, "WARNING: blocks that have been given to others since cannot be told, and show what those wrote: %s\n", rep.Why)
+	}
+	if b.Superblock != "" || len(b.Trees) > 0 {
+		fmt.Fprintln(w, "WARNING: the backup itself is damaged:", strings.Join(append([]string{b.Superblock}, b.Trees...), " "))
 	}
 	if n := len(rep.Newer); n > 0 {
 		fmt.Fprintf(w, "%d devices are newer than the backup and are lost: %s\n", n, shortList(rep.Newer))
 	}
-	for _, d := range rep.Devices {
-		if d.Reused > 0 {
-			fmt.Fprintf(w, "thin %d: %d of %d blocks have been given to others since and read as zeros\n", d.ID, d.Reused, d.Mapped)
-		}
-		switch {
-		case d.Freed > 0 && r.o.KeepFreed:
-			fmt.Fprintf(w, "thin %d: %d of %d blocks are free now and may have lost their contents\n", d.ID, d.Freed, d.Mapped)
-		case d.Freed > 0:
-			fmt.Fprintf(w, "thin %d: %d of %d blocks are free now and read as zeros\n", d.ID, d.Freed, d.Mapped)
-		}
+	if err := b.WriteDevices(w); err != nil {
+		return err
 	}
 	_, err := fmt.Fprintln(w, "blocks that were written for the first time since the backup are lost; a block that stays holds what was written to it last, also after the backup")
 	return err

@@ -24,7 +24,7 @@ var Layers = []Layer{
 	{"journal", []string{"thin", "dev"}},
 	{"lvm", []string{"dev/..."}}, // storage set up with the LVM tools
 	{"thin/repair", []string{"thin", "pdata/...", "dev"}},
-	{"thin/backup", []string{"thin", "dev"}},
+	{"thin/backup", []string{"thin", "thin/repair", "pdata/block", "dev"}},
 	{"thin/...", []string{"pdata/...", "dev/..."}},
 	{"pdata/spacemap", []string{"pdata/btree", "pdata/txn", "pdata/block", "dev"}},
 	{"pdata/btree", []string{"pdata/txn", "pdata/block", "dev"}},

@@ -1,13 +1,13 @@
-// Package backup keeps dumps of a pool's metadata: compressed XML files, each of one committed
-// state, a bounded number of them in a directory.
+// Package backup keeps copies of a pool's metadata, compressed, each of one committed state, a
+// bounded number of them in a directory; and it puts a pool back to one.
 //
-// A file is called metadata-TRANSACTION-TIME.xml.zst and holds what thin_dump writes, so that it
-// is of use without this program too. It appears under its name when it is complete and durable.
+// A file is called metadata-TRANSACTION-TIME.img.zst. Decompressed it is a metadata device, which
+// thin_dump and the other tools read. It is no dump in text, because such a dump names the mappings of
+// every device by itself: a hundred snapshots of one image would make it a hundred times as long, and
+// so the pool that is made from it. A file appears under its name when it is complete and durable.
 package backup
 
 import (
-	"bufio"
-	"bytes"
 	"cmp"
 	"context"
 	"errors"
@@ -38,7 +38,7 @@ type Info struct {
 const timeForm = "20060102T150405.000Z"
 
 var (
-	nameForm = regexp.MustCompile(`^metadata-(\d{1,20})-(\d{8}T\d{6}\.\d{3}Z)\.xml\.zst$`)
+	nameForm = regexp.MustCompile(`^metadata-(\d{1,20})-(\d{8}T\d{6}\.\d{3}Z)\.img\.zst$`)
 	tempForm = regexp.MustCompile(`^\.metadata-.*\.tmp$`)
 )
 
@@ -54,7 +54,8 @@ type Options struct {
 	Now        time.Time // 0: now
 }
 
-// Write dumps the state that a view holds into a new file. On an error nothing is left.
+// Write copies the state that a view holds into a new file; every block is verified on the way. On an
+// error nothing is left.
 func Write(ctx context.Context, v *thin.View, o Options) (info Info, err error) {
 	if o.Now.IsZero() {
 		o.Now = time.Now()
@@ -85,7 +86,7 @@ func Write(ctx context.Context, v *thin.View, o Options) (info Info, err error) 
 		return info, err
 	}
 	info = Info{TransactionID: v.Superblock().TransactionID, Time: o.Now.UTC().Truncate(time.Millisecond), Bytes: st.Size()}
-	info.Path = filepath.Join(o.Dir, fmt.Sprintf("metadata-%d-%s.xml.zst", info.TransactionID, info.Time.Format(timeForm)))
+	info.Path = filepath.Join(o.Dir, fmt.Sprintf("metadata-%d-%s.img.zst", info.TransactionID, info.Time.Format(timeForm)))
 	if err := os.Rename(f.Name(), info.Path); err != nil {
 		return info, err
 	}
@@ -97,7 +98,7 @@ func compress(ctx context.Context, v *thin.View, f io.Writer, o Options) error {
 	if err != nil {
 		return err
 	}
-	if err := v.Dump(&patient{ctx, z}, thin.DumpOptions{DataBlocks: o.DataBlocks}); err != nil {
+	if err := v.WriteImage(&patient{ctx, z}, o.DataBlocks); err != nil {
 		z.Close()
 		return err
 	}
@@ -172,45 +173,4 @@ func Prune(dir string, keep int) (removed []Info, err error) {
 		removed = append(removed, i)
 	}
 	return removed, nil
-}
-
-// maxWindow bounds the memory that a file can ask for to be decompressed.
-const maxWindow = 64 << 20
-
-// Open opens a dump for reading, compressed or not.
-func Open(path string) (io.ReadCloser, error) {
-	f, err := os.Open(path)
-	if err != nil {
-		return nil, err
-	}
-	r, err := decompress(f)
-	if err != nil {
-		f.Close()
-		return nil, fmt.Errorf("%s: %w", path, err)
-	}
-	return &reader{r, f}, nil
-}
-
-// zstdMagic begins a compressed dump.
-var zstdMagic = []byte{0x28, 0xB5, 0x2F, 0xFD}
-
-// decompress reads a dump, compressed or not.
-func decompress(r io.Reader) (io.Reader, error) {
-	b := bufio.NewReaderSize(r, 1<<16)
-	if magic, _ := b.Peek(len(zstdMagic)); !bytes.Equal(magic, zstdMagic) {
-		return b, nil // an error comes again with the first read
-	}
-	return zstd.NewReader(b, zstd.WithDecoderConcurrency(1), zstd.WithDecoderLowmem(true), zstd.WithDecoderMaxWindow(maxWindow))
-}
-
-type reader struct {
-	io.Reader
-	f *os.File
-}
-
-func (r *reader) Close() error {
-	if z, ok := r.Reader.(*zstd.Decoder); ok {
-		z.Close()
-	}
-	return r.f.Close()
 }

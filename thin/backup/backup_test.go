@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"context"
 	"errors"
-	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -12,8 +11,11 @@ import (
 	"testing"
 	"time"
 
+	"github.com/klauspost/compress/zstd"
+
 	"mica/dev"
 	"mica/thin"
+	"mica/thin/repair"
 )
 
 const blockSize = 64 << 10
@@ -106,7 +108,7 @@ func TestWriteListPrune(t *testing.T) {
 	p.commit()
 	want := p.dump()
 	i := p.backup(dir, noon)
-	if filepath.Base(i.Path) != "metadata-7-20310506T120000.000Z.xml.zst" || i.TransactionID != 7 || !i.Time.Equal(noon) {
+	if filepath.Base(i.Path) != "metadata-7-20310506T120000.000Z.img.zst" || i.TransactionID != 7 || !i.Time.Equal(noon) {
 		t.Errorf("%+v", i)
 	}
 	for path, mode := range map[string]os.FileMode{dir: os.ModeDir | 0o700, i.Path: 0o600} {
@@ -114,17 +116,25 @@ func TestWriteListPrune(t *testing.T) {
 			t.Errorf("%s: mode %v, %v", path, st.Mode(), err)
 		}
 	}
-	r, err := Open(i.Path)
-	p.must(err)
-	got, err := io.ReadAll(r)
-	p.must(errors.Join(err, r.Close()))
-	if string(got) != want {
-		t.Error("the backup is not the pool's dump")
+	if got := contents(t, i.Path); got != want {
+		t.Error("the backup is not the pool")
 	}
-	if tool, err := exec.LookPath("zstd"); err == nil {
-		out, err := exec.Command(tool, "-dc", i.Path).Output()
-		if err != nil || string(out) != want {
-			t.Errorf("zstd -dc: %v", err)
+	// Other programs read it.
+	img := filepath.Join(t.TempDir(), "img")
+	for _, c := range []struct {
+		tool string
+		args []string
+		out  string
+	}{
+		{"zstd", []string{"-q", "-d", i.Path, "-o", img}, ""}, {"thin_check", []string{"-q", img}, ""}, {"thin_dump", []string{img}, want},
+	} {
+		tool, err := exec.LookPath(c.tool)
+		if err != nil {
+			t.Logf("%s is not installed", c.tool)
+			break
+		}
+		if out, err := exec.Command(tool, c.args...).CombinedOutput(); err != nil || string(out) != c.out {
+			t.Errorf("%s: %v, %d bytes", c.tool, err, len(out))
 		}
 	}
 
@@ -133,7 +143,7 @@ func TestWriteListPrune(t *testing.T) {
 		p.commit()
 		p.backup(dir, noon.Add(time.Duration(n+1)*time.Hour))
 	}
-	for _, other := range []string{"metadata-1-x.xml.zst", "notes", "metadata-1-20310506T120000.000Z.xml"} {
+	for _, other := range []string{"metadata-1-x.img.zst", "notes", "metadata-1-20310506T120000.000Z.img"} {
 		p.must(os.WriteFile(filepath.Join(dir, other), nil, 0o600))
 	}
 	removed, err := Prune(dir, 4)
@@ -166,11 +176,100 @@ func TestWriteWhileChanging(t *testing.T) {
 	i, err := Write(context.Background(), v, Options{Dir: t.TempDir()})
 	p.must(err)
 	v.Unpin()
-	r, err := Open(i.Path)
+	if contents(t, i.Path) != want {
+		t.Error("the backup is of another state")
+	}
+}
+
+// unpacked makes a metadata device of a backup.
+func unpacked(t testing.TB, path string) dev.Device {
+	t.Helper()
+	d, err := Unpack(path, filepath.Join(t.TempDir(), "img"), 64<<20)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { d.Close() })
+	return d
+}
+
+// contents is the dump of a backup, which is clean.
+func contents(t testing.TB, path string) string {
+	t.Helper()
+	d := unpacked(t, path)
+	r, err := thin.Check(d, thin.CheckOptions{})
+	if err != nil || !r.Clean() {
+		t.Fatalf("%v %v", r.Err(), err)
+	}
+	var b bytes.Buffer
+	if err := thin.Dump(d, &b, thin.DumpOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	return b.String()
+}
+
+// TestWriteSnapshots: a backup shares what the pool shares, and holds its metadata snapshot; a
+// damaged block ends it. A metadata snapshot by itself has no space maps, and is as good to restore.
+func TestWriteSnapshots(t *testing.T) {
+	p := newPool(t)
+	p.must(p.m.CreateThin(1))
+	p.write(1, 0, 3000)
+	p.commit()
+	for id := thin.DevID(2); id < 150; id++ {
+		p.must(p.m.CreateSnap(id, 1))
+	}
+	p.commit()
+	p.must(p.m.ReserveMetadataSnap())
+	p.commit()
+	p.write(1, 5000, 10)
+	p.commit()
+	was, err := thin.Check(p.mem, thin.CheckOptions{})
 	p.must(err)
-	defer r.Close()
-	if got, err := io.ReadAll(r); err != nil || string(got) != want {
-		t.Errorf("the backup is of another state (%v)", err)
+	i := p.backup(t.TempDir(), noon)
+	img := unpacked(t, i.Path)
+	got, err := thin.Check(img, thin.CheckOptions{})
+	p.must(err)
+	if !got.Clean() || got.MetaUsed != was.MetaUsed || got.HeldRoot != was.HeldRoot || i.Bytes > 64<<10 {
+		t.Errorf("%v: %d metadata blocks, were %d, held root %d, %d bytes", got.Err(), got.MetaUsed, was.MetaUsed, got.HeldRoot, i.Bytes)
+	}
+	out := dev.NewMem(p.mem.Size())
+	r, err := Restore(img, nil, out, RestoreOptions{})
+	p.must(err)
+	if got, err = thin.Check(out, thin.CheckOptions{}); err != nil || !got.Clean() || got.MetaUsed > was.MetaUsed || !r.Backup.Complete {
+		t.Errorf("%v %v: %d metadata blocks, were %d", got.Err(), err, got.MetaUsed, was.MetaUsed)
+	}
+
+	view, err := thin.OpenView(p.mem)
+	p.must(err)
+	held, err := view.MetadataSnap()
+	p.must(err)
+	if i, err = Write(context.Background(), held, Options{Dir: t.TempDir(), DataBlocks: 10000}); err != nil {
+		t.Fatal(err)
+	}
+	out = dev.NewMem(p.mem.Size())
+	if r, err = Restore(unpacked(t, i.Path), nil, out, RestoreOptions{}); err != nil || !r.Backup.Complete || r.Backup.DataBlocks != 10000 || len(r.Backup.Devices) != 149 {
+		t.Fatalf("%+v %v", r, err)
+	}
+	var a, b bytes.Buffer
+	p.must(held.Dump(&a, thin.DumpOptions{DataBlocks: 10000}))
+	p.must(thin.Dump(out, &b, thin.DumpOptions{}))
+	if a.String() != b.String() {
+		t.Error("the metadata snapshot differs from what its backup was restored to")
+	}
+
+	sb := make([]byte, 4096)
+	_, err = p.mem.ReadAt(sb, int64(view.Superblock().DetailsRoot)*4096)
+	p.must(err)
+	sb[50] ^= 1
+	_, err = p.mem.WriteAt(sb, int64(view.Superblock().DetailsRoot)*4096)
+	p.must(err)
+	view, err = thin.OpenView(p.mem)
+	p.must(err)
+	dir := t.TempDir()
+	if _, err := Write(context.Background(), view, Options{Dir: dir}); !errors.Is(err, thin.ErrCorrupt) {
+		t.Errorf("backup of damaged metadata: %v", err)
+	}
+	if list, _ := os.ReadDir(dir); len(list) != 0 {
+		t.Errorf("%v is left", list)
 	}
 }
 
@@ -255,36 +354,37 @@ func TestRestore(t *testing.T) {
 				present, err = thin.OpenView(p.mem)
 				p.must(err)
 			}
-			in, err := Open(b.Path)
-			p.must(err)
-			defer in.Close()
 			out := dev.NewMem(4 << 20)
-			r, err := Restore(in, present, out, c.opts)
+			r, err := Restore(unpacked(t, b.Path), present, out, c.opts)
 			p.must(err)
 			chk, err := thin.Check(out, thin.CheckOptions{})
 			p.must(err)
 			if !chk.Clean() {
 				t.Fatal(chk.Err())
 			}
-			if r.Compared == c.damage || r.TransactionID != 5 || len(r.Devices) != 3 {
+			devs := r.Backup.Devices
+			if r.Compared == c.damage || r.TransactionID != 5 || len(devs) != 3 {
 				t.Fatalf("%+v", r)
 			}
-			want := Device{ID: 3, Mapped: 100, Reused: 50, Freed: 50, Kept: c.freed}
-			if c.damage {
-				want = Device{ID: 3, Mapped: 100, Kept: 100}
-			} else if len(r.Newer) != 2 || r.Newer[0] != 8 || r.Newer[1] != 9 || r.Present != 6 || chk.DataBlocks != 12000 {
-				t.Errorf("newer %v, present %d, %d data blocks", r.Newer, r.Present, chk.DataBlocks)
-			}
-			if r.Devices[2] != want {
-				t.Errorf("%+v, want %+v", r.Devices[2], want)
-			}
-			for _, d := range r.Devices[:2] {
-				if d.Kept != 200 || d.Mapped != 200 {
-					t.Errorf("%+v", d)
+			want := uint64(100)
+			if !c.damage {
+				want = c.freed
+				if len(r.Newer) != 2 || r.Newer[0] != 8 || r.Newer[1] != 9 || r.Present != 6 || chk.DataBlocks != 12000 {
+					t.Errorf("newer %v, present %d, %d data blocks", r.Newer, r.Present, chk.DataBlocks)
+				}
+				lost := devs[2].Lost
+				if len(lost) == 0 || lost[0] != (repair.LostRange{Range: repair.Range{Begin: 0, End: 50}, Why: othersNow}) ||
+					c.freed == 0 && (len(lost) != 2 || lost[1] != (repair.LostRange{Range: repair.Range{Begin: 50, End: 100}, Why: freeNow})) {
+					t.Errorf("lost: %v", lost)
 				}
 			}
-			if r.Lost() != want.Mapped-want.Kept {
-				t.Errorf("%d lost", r.Lost())
+			if devs[2].ID != 3 || devs[2].Kept != want {
+				t.Errorf("%+v, want %d kept", devs[2], want)
+			}
+			for _, d := range devs[:2] {
+				if d.Kept != 200 || *d.Mapped != 200 {
+					t.Errorf("%+v", d)
+				}
 			}
 		})
 	}
@@ -302,8 +402,9 @@ func devBlocks(t testing.TB, d dev.Device, id thin.DevID) (list []thin.DataBlock
 	return list
 }
 
-// TestOpenHostile: a file that is cut, or that wants too much memory, is an error.
-func TestOpenHostile(t *testing.T) {
+// TestUnpack: dumps and metadata devices are taken too, compressed or not; what is cut, or wants too
+// much memory, is an error and leaves no file.
+func TestUnpack(t *testing.T) {
 	p := newPool(t)
 	p.must(p.m.CreateThin(1))
 	p.write(1, 0, 500)
@@ -311,30 +412,62 @@ func TestOpenHostile(t *testing.T) {
 	b := p.backup(t.TempDir(), noon)
 	whole, err := os.ReadFile(b.Path)
 	p.must(err)
-	// A frame that asks for a window of 2 GiB.
-	huge := []byte{0x28, 0xB5, 0x2F, 0xFD, 0x00, 0xA8, 0x01, 0x00, 0x00}
-	for name, text := range map[string][]byte{"cut": whole[:len(whole)/2], "huge window": huge, "empty": nil} {
+	device := make([]byte, p.mem.Size())
+	_, err = p.mem.ReadAt(device, 0)
+	p.must(err)
+	z, err := zstd.NewWriter(nil)
+	p.must(err)
+	defer z.Close()
+	put := func(text []byte) string {
 		path := filepath.Join(t.TempDir(), "b")
 		p.must(os.WriteFile(path, text, 0o600))
-		r, err := Open(path)
-		if err != nil {
-			continue
-		}
-		out := dev.NewMem(4 << 20)
-		if _, err := Restore(r, nil, out, RestoreOptions{}); err == nil {
-			t.Errorf("%s: restored", name)
-		}
-		r.Close()
-		if _, err := thin.OpenView(out); !errors.Is(err, thin.ErrNoPool) {
-			t.Errorf("%s: a pool is there: %v", name, err)
+		return path
+	}
+	xml := []byte(p.dump())
+	for name, text := range map[string][]byte{"image": device, "compressed image": z.EncodeAll(device, nil), "XML": xml, "compressed XML": z.EncodeAll(xml, nil)} {
+		if got := contents(t, put(text)); got != p.dump() {
+			t.Errorf("%s: not the pool", name)
 		}
 	}
-	plain := filepath.Join(t.TempDir(), "plain.xml")
-	p.must(os.WriteFile(plain, []byte(p.dump()), 0o600))
-	r, err := Open(plain)
+	for name, text := range map[string][]byte{
+		"too much": []byte(`<superblock uuid="" time="0" transaction="0" flags="0" version="2" data_block_size="128" nr_data_blocks="99999999999"></superblock>`),
+		"cut":      whole[:len(whole)/2], "empty": nil, "cut XML": xml[:len(xml)/2], "no whole blocks": device[:len(device)-1], "text": []byte("hello"),
+		"a window of 2 GiB": {0x28, 0xB5, 0x2F, 0xFD, 0x00, 0xA8, 0x01, 0x00, 0x00},
+	} {
+		to := filepath.Join(t.TempDir(), "img")
+		if d, err := Unpack(put(text), to, 64<<20); err == nil {
+			d.Close()
+			t.Errorf("%s: unpacked", name)
+		}
+		if _, err := os.Stat(to); !errors.Is(err, os.ErrNotExist) {
+			t.Errorf("%s: a file is left (%v)", name, err)
+		}
+	}
+}
+
+// TestRestoreDamaged: of a damaged backup the rest is restored, and what is missing reported.
+func TestRestoreDamaged(t *testing.T) {
+	p := newPool(t)
+	p.must(p.m.CreateThin(1))
+	p.write(1, 0, 3000)
+	p.commit()
+	b := p.backup(t.TempDir(), noon)
+	img := unpacked(t, b.Path)
+	sb := p.m.Pin().Superblock()
+	buf := make([]byte, 4096)
+	for _, loc := range []int64{0, int64(sb.DetailsRoot)} {
+		_, err := img.ReadAt(buf, loc*4096)
+		p.must(err)
+		buf[3000] ^= 1
+		_, err = img.WriteAt(buf, loc*4096)
+		p.must(err)
+	}
+	present, err := thin.OpenView(p.mem)
 	p.must(err)
-	defer r.Close()
-	if got, err := io.ReadAll(r); err != nil || !strings.HasPrefix(string(got), "<superblock") {
-		t.Errorf("plain: %v", err)
+	out := dev.NewMem(p.mem.Size())
+	r, err := Restore(img, present, out, RestoreOptions{})
+	p.must(err)
+	if r.Compared || !strings.Contains(r.Why, "the backup is damaged") || r.Backup.Superblock == "" || r.Backup.Devices[0].Kept != 3000 {
+		t.Errorf("%+v", r)
 	}
 }

@@ -4,14 +4,14 @@ import (
 	"errors"
 	"fmt"
 
+	"mica/dev"
 	"mica/thin"
 )
 
-// What has become of a mapping since a backup.
+// Why a mapping of a backup is left out.
 const (
-	same   = iota // its data block still holds what it held
-	free          // its data block is free
-	others        // its data block belongs to somebody else
+	othersNow = "the data blocks have been given to others since"
+	freeNow   = "the data blocks are free now"
 )
 
 // A judge compares mappings of a backup with the state that the pool has now.
@@ -22,12 +22,12 @@ const (
 // only if the device that has it now had it then.
 type judge struct {
 	present *thin.View
-	m       *thin.Metadata // the backup
-	ids     []thin.DevID   // of the present devices, ascending
+	backup  *thin.View
 	now     map[thin.DevID]thin.Details
 	then    map[thin.DevID]thin.Details
 	time    uint32 // of the backup
 	pages   map[uint64]*[ownerPage]owner
+	err     error // that a comparison has met
 }
 
 const ownerPage = 4096
@@ -40,26 +40,24 @@ type owner struct {
 	several bool // mappings of different times
 }
 
-// newJudge reads the present state. An error says why there is none.
-func newJudge(present *thin.View, m *thin.Metadata, devs []thin.DeviceInfo) (*judge, error) {
+// newJudge reads the present state. An error says why there is nothing to compare with.
+func newJudge(present *thin.View, from dev.Device) (*judge, error) {
 	if present == nil {
 		return nil, errors.New("the present metadata cannot be read")
 	}
-	j := &judge{present: present, m: m, time: m.Time(), pages: map[uint64]*[ownerPage]owner{},
-		now: map[thin.DevID]thin.Details{}, then: map[thin.DevID]thin.Details{}}
+	v, err := thin.OpenView(from)
+	if err != nil {
+		return nil, fmt.Errorf("the backup is damaged: %w", err)
+	}
+	j := &judge{present: present, backup: v, time: v.Superblock().Time, pages: map[uint64]*[ownerPage]owner{}}
 	if t := present.Superblock().Time; t < j.time {
 		return nil, fmt.Errorf("the pool's time has been compacted since the backup, from %d or more to %d", j.time, t)
 	}
-	for _, d := range devs {
-		j.then[d.ID] = d.Details
-	}
-	now, err := present.Devices()
-	if err != nil {
+	if j.now, err = detailsOf(present); err != nil {
 		return nil, err
 	}
-	for _, d := range now {
-		j.ids = append(j.ids, d.ID)
-		j.now[d.ID] = d.Details
+	if j.then, err = detailsOf(v); err != nil {
+		return nil, fmt.Errorf("the backup is damaged: %w", err)
 	}
 	err = present.EachMapping(func(id thin.DevID, e thin.Entry) bool {
 		p := j.pages[uint64(e.Block)/ownerPage]
@@ -81,35 +79,36 @@ func newJudge(present *thin.View, m *thin.Metadata, devs []thin.DeviceInfo) (*ju
 	return j, nil
 }
 
-// look says what has become of a mapping of the backup.
-func (j *judge) look(id thin.DevID, e thin.Entry) (int, error) {
-	p := j.pages[uint64(e.Block)/ownerPage]
-	if p == nil || !p[uint64(e.Block)%ownerPage].mapped {
-		return free, nil
+func detailsOf(v *thin.View) (map[thin.DevID]thin.Details, error) {
+	list, err := v.Devices()
+	m := make(map[thin.DevID]thin.Details, len(list))
+	for _, d := range list {
+		m[d.ID] = d.Details
 	}
-	x := p[uint64(e.Block)%ownerPage]
-	if !x.several && x.time == e.Time && e.Time < j.time {
-		return same, nil
+	return m, err
+}
+
+// keep says why a mapping of the backup must go, or nothing.
+func (j *judge) keep(id thin.DevID, vb thin.VBlock, m thin.Mapping, freed bool) string {
+	p := j.pages[uint64(m.Block)/ownerPage]
+	if p == nil || !p[uint64(m.Block)%ownerPage].mapped {
+		if freed {
+			return ""
+		}
+		return freeNow
+	}
+	x := p[uint64(m.Block)%ownerPage]
+	if !x.several && x.time == m.Time && m.Time < j.time {
+		return ""
 	}
 	// The device itself still has it, perhaps at a time that was compacted; or somebody who had it
 	// then.
 	for _, who := range []thin.DevID{id, x.dev} {
-		if who != id && x.time != e.Time || !j.lives(who) {
-			continue
-		}
-		now, err := j.presentAt(who, e.VBlock)
-		if err != nil {
-			return others, err
-		}
-		then, ok, err := j.m.Lookup(who, e.VBlock)
-		if err != nil {
-			return others, err
-		}
-		if ok && then.Block == e.Block && now.mapped && now.block == e.Block {
-			return same, nil
+		if (who == id || x.time == m.Time) && j.lives(who) && j.has(j.present, who, vb, m.Block) && j.has(j.backup, who, vb, m.Block) {
+			return ""
 		}
 	}
-	return others, nil
+	return othersNow
 }
 
 // lives reports whether a device of the backup is still the one of then.
@@ -119,17 +118,15 @@ func (j *judge) lives(id thin.DevID) bool {
 	return ok && still && now.TransactionID == then.TransactionID
 }
 
-type place struct {
-	block  thin.DataBlock
-	mapped bool
-}
-
-func (j *judge) presentAt(id thin.DevID, vb thin.VBlock) (p place, err error) {
-	err = j.present.Walk(id, vb, func(e thin.Entry) bool {
-		if e.VBlock == vb {
-			p = place{e.Block, true}
-		}
+// has reports whether a device maps a virtual block to a certain data block in a state.
+func (j *judge) has(v *thin.View, id thin.DevID, vb thin.VBlock, b thin.DataBlock) bool {
+	m, ok, err := v.Lookup(id, vb)
+	switch {
+	case err == nil:
+	case v == j.backup: // damaged there: then the mapping itself is lost too, or another's
 		return false
-	})
-	return p, err
+	case j.err == nil:
+		j.err = err
+	}
+	return ok && m.Block == b
 }

@@ -1,22 +1,14 @@
 package backup
 
 import (
-	"bufio"
 	"fmt"
-	"io"
+	"maps"
+	"slices"
 
 	"mica/dev"
 	"mica/thin"
+	"mica/thin/repair"
 )
-
-// A Device is what became of one device of a backup.
-type Device struct {
-	ID     thin.DevID `json:"id"`
-	Mapped uint64     `json:"mapped_blocks"` // in the backup
-	Reused uint64     `json:"reused_blocks"` // whose data blocks have been given to others since
-	Freed  uint64     `json:"freed_blocks"`  // whose data blocks are free now
-	Kept   uint64     `json:"kept_blocks"`
-}
 
 // A Report says what a pool is after it has been put back to a backup.
 type Report struct {
@@ -28,16 +20,10 @@ type Report struct {
 	// Present is the transaction id of the present metadata, if compared.
 	Present uint64 `json:"present_transaction_id"`
 	// Newer are the devices that are in the pool now and not in the backup: they are lost.
-	Newer   []thin.DevID `json:"newer_devices,omitempty"`
-	Devices []Device     `json:"devices"`
-}
-
-// Lost counts mappings that are in the backup and are not put back.
-func (r *Report) Lost() (blocks uint64) {
-	for _, d := range r.Devices {
-		blocks += d.Mapped - d.Kept
-	}
-	return blocks
+	Newer []thin.DevID `json:"newer_devices,omitempty"`
+	// Backup says what could be taken of the backup: what is damaged in it, and what is left out
+	// because its data blocks are somebody else's, or free.
+	Backup *repair.Report `json:"backup"`
 }
 
 // RestoreOptions say how a backup is put back.
@@ -46,107 +32,60 @@ type RestoreOptions struct {
 	// punches or discards what is freed; else what was there, if nobody else has used them in
 	// between.
 	KeepFreed bool
-	Progress  func(mappings uint64) error
+	Progress  func(what string, done, total uint64) error
 }
 
-// Restore writes the state that a dump describes onto a metadata device whose first block is all
-// zeros. present, if not nil, is the state that the pool has now: a data block that somebody else
-// has now is not given back to its old owner, who would read another's data; it reads as zeros.
-// After an error there is no pool on out, or one that must not be used.
-func Restore(dump io.Reader, present *thin.View, out dev.Device, o RestoreOptions) (*Report, error) {
-	if err := thin.Restore(bufio.NewReaderSize(dump, 1<<16), out, thin.RestoreOptions{Progress: o.Progress}); err != nil {
-		return nil, err
-	}
-	m, err := thin.Open(keepOpen{out}, thin.OpenOptions{})
-	if err != nil {
-		return nil, err
-	}
-	defer m.Close()
-	r := &Report{TransactionID: m.TransactionID(), Why: "nothing to compare with"}
-	devs, err := m.Devices()
-	if err != nil {
-		return nil, err
-	}
-	j, err := newJudge(present, m, devs)
+// Restore makes a pool on out of the metadata device of a backup (see Unpack), as a repair does: what
+// is damaged in it is left out, what devices share stays shared. present, if not nil, is the state
+// that the pool has now: a data block that somebody else has now is not given back to its old owner,
+// who would read another's data; it reads as zeros.
+//
+// out is at least as long as the backup, and its first block all zeros. After an error there is no
+// pool on it, or one that must not be used.
+func Restore(from dev.Device, present *thin.View, out dev.Device, o RestoreOptions) (*Report, error) {
+	r := &Report{}
+	ro := repair.Options{Progress: o.Progress}
+	j, err := newJudge(present, from)
 	if err != nil {
 		r.Why = err.Error()
+	} else {
+		r.Compared, r.Present = true, present.Superblock().TransactionID
+		ro.Keep = func(id thin.DevID, vb thin.VBlock, m thin.Mapping) string { return j.keep(id, vb, m, o.KeepFreed) }
 	}
-	for _, d := range devs {
-		line := Device{ID: d.ID, Mapped: d.MappedBlocks, Kept: d.MappedBlocks}
-		if j != nil {
-			if err := j.prune(d.ID, &line, o.KeepFreed); err != nil {
-				return nil, err
-			}
-		}
-		r.Devices = append(r.Devices, line)
+	if r.Backup, err = repair.Repair(from, out, ro); err != nil {
+		return nil, err
 	}
+	if j != nil && j.err != nil {
+		return nil, fmt.Errorf("compare with the present metadata: %w", j.err)
+	}
+	r.TransactionID = r.Backup.TransactionID
 	if j == nil {
 		return r, nil
 	}
-	r.Compared, r.Why, r.Present = true, "", present.Superblock().TransactionID
-	for _, id := range j.ids {
-		if _, ok := j.then[id]; !ok {
-			r.Newer = append(r.Newer, id)
-		}
+	for _, d := range r.Backup.Devices {
+		delete(j.now, d.ID)
 	}
-	// The pool may have grown since the backup.
-	if n := present.Superblock().DataMap.NrBlocks; n > m.DataBlocks() {
-		if err := m.GrowData(n); err != nil {
-			return nil, fmt.Errorf("the pool has grown to %d data blocks since the backup: %w", n, err)
-		}
+	r.Newer = slices.Sorted(maps.Keys(j.now))
+	return r, grow(out, present.Superblock().DataMap.NrBlocks)
+}
+
+// grow gives a pool the length that it has now: it may have grown since the backup.
+func grow(out dev.Device, blocks uint64) error {
+	m, err := thin.Open(keepOpen{out}, thin.OpenOptions{})
+	if err != nil {
+		return err
+	}
+	defer m.Close()
+	if blocks <= m.DataBlocks() {
+		return nil
+	}
+	if err := m.GrowData(blocks); err != nil {
+		return fmt.Errorf("the pool has grown to %d data blocks since the backup: %w", blocks, err)
 	}
 	_, err = m.Commit(nil)
-	return r, err
+	return err
 }
 
 type keepOpen struct{ dev.Device }
 
 func (keepOpen) Close() error { return nil }
-
-// pruneStep is how many mappings are looked at between two commits.
-const pruneStep = 4096
-
-// prune takes the mappings away that are not the device's any more.
-func (j *judge) prune(id thin.DevID, line *Device, keepFreed bool) error {
-	for next, more := thin.VBlock(0), true; more; {
-		var batch []thin.Entry
-		more = false
-		if err := j.m.LookupRange(id, next, 1<<63, func(e thin.Entry) bool {
-			batch = append(batch, e)
-			more = len(batch) == pruneStep
-			return !more
-		}); err != nil {
-			return err
-		}
-		changed := false
-		for _, e := range batch {
-			next = e.VBlock + 1
-			v, err := j.look(id, e)
-			if err != nil {
-				return err
-			}
-			switch {
-			case v == same, v == free && keepFreed:
-				if v == free {
-					line.Freed++
-				}
-				continue
-			case v == free:
-				line.Freed++
-			default:
-				line.Reused++
-			}
-			line.Kept--
-			changed = true
-			if _, _, _, err := j.m.Remove(id, e.VBlock, e.VBlock+1, 0); err != nil {
-				return err
-			}
-		}
-		if changed {
-			if _, err := j.m.Commit(nil); err != nil {
-				return err
-			}
-		}
-	}
-	return nil
-}

@@ -200,6 +200,8 @@ func (b *builder) entries(loc block.Loc, t *tree) (es []item) {
 		switch {
 		case !ok:
 			t.lose(LostRange{Range{k, k + 1}, fmt.Sprintf("metadata block %d: mapped to data blocks beyond the %d that there are", loc, b.f.dataBlocks)})
+		case b.c.refusal(loc, i) != "":
+			t.lose(LostRange{Range{k, k + 1}, b.c.refusal(loc, i)})
 		case !b.c.keeps(m):
 			t.lose(LostRange{Range{k, k + 1}, "the data blocks were given to somebody else later"})
 		default:

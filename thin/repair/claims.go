@@ -1,7 +1,10 @@
 package repair
 
 import (
+	"slices"
+
 	"mica/pdata/block"
+	"mica/pdata/btree"
 	"mica/thin"
 )
 
@@ -12,6 +15,10 @@ import (
 type claims struct {
 	f     *forest
 	pages map[uint64]*[claimPage]uint32
+	// ask is Options.Keep. What it refuses is noted by leaf: for each entry 0, or a number of why.
+	ask     func(thin.DevID, thin.VBlock, thin.Mapping) string
+	refused map[block.Loc][]uint8
+	why     []string
 }
 
 const claimPage = 4096
@@ -24,7 +31,41 @@ const (
 	claimedOwn  = 1 << 27 // by a device that takes it for its own
 )
 
-func newClaims(f *forest) *claims { return &claims{f: f, pages: map[uint64]*[claimPage]uint32{}} }
+func newClaims(f *forest, ask func(thin.DevID, thin.VBlock, thin.Mapping) string) *claims {
+	return &claims{f: f, pages: map[uint64]*[claimPage]uint32{}, ask: ask, refused: map[block.Loc][]uint8{}}
+}
+
+// refuses asks whether entry i of a leaf may stay, and notes it if not.
+func (c *claims) refuses(id thin.DevID, loc block.Loc, n btree.Node, i int, m thin.Mapping) bool {
+	if c.ask == nil {
+		return false
+	}
+	why := c.ask(id, thin.VBlock(n.Key(i)), m)
+	if why == "" {
+		return false
+	}
+	k := slices.Index(c.why, why)
+	if k < 0 {
+		if k = len(c.why); k == 255 {
+			k--
+		} else {
+			c.why = append(c.why, why)
+		}
+	}
+	if c.refused[loc] == nil {
+		c.refused[loc] = make([]uint8, n.Len())
+	}
+	c.refused[loc][i] = uint8(k) + 1
+	return true
+}
+
+// refusal is why entry i of a leaf was refused, empty if it was not.
+func (c *claims) refusal(loc block.Loc, i int) string {
+	if r := c.refused[loc]; r != nil && r[i] != 0 {
+		return c.why[r[i]-1]
+	}
+	return ""
+}
 
 func (c *claims) of(b thin.DataBlock) *uint32 {
 	p := c.pages[uint64(b)/claimPage]
@@ -70,6 +111,7 @@ func (c *claims) shares(m thin.Mapping) bool {
 
 // A claimant is a device whose mappings are counted.
 type claimant struct {
+	id   thin.DevID
 	root block.Loc
 	snap uint32 // its last snapshot's time
 	bump bool   // its mappings must all be taken for shared
@@ -106,6 +148,10 @@ func (c *claims) visit(list []claimant, i int, loc block.Loc, fn func(thin.Mappi
 				c.visit(list, i, n.Child(j), fn)
 			}
 		} else if m, ok := c.f.mapping(n, j); ok {
+			if c.refuses(list[i].id, loc, n, j, m) {
+				x.odd = true
+				continue
+			}
 			fn(m)
 		}
 	}
@@ -148,7 +194,7 @@ func (c *claims) again(list []claimant, i int, loc block.Loc) {
 			continue
 		}
 		m, ok := c.f.mapping(n, j)
-		if !ok {
+		if !ok || c.refusal(loc, j) != "" {
 			continue
 		}
 		x.odd = x.odd || !c.keeps(m)

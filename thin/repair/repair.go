@@ -24,6 +24,9 @@ type Options struct {
 	// MappingRoot and DetailsRoot, if not 0, are the trees to take: one of the candidates of an
 	// earlier report.
 	MappingRoot, DetailsRoot block.Loc
+	// Keep, if set, is asked for every mapping, with the first device that has it: why it must go, or
+	// nothing. A mapping in a node that devices share is asked for once.
+	Keep func(id thin.DevID, vb thin.VBlock, m thin.Mapping) (why string)
 	// Progress, if set, is called now and then; an error ends the repair with that error.
 	Progress func(what string, done, total uint64) error
 }
@@ -220,10 +223,10 @@ func (r *repairer) clock(st *state) (time uint32, trans uint64) {
 
 // rebuild makes the trees, counts what they refer to, and makes the pool.
 func (r *repairer) rebuild(st *state) error {
-	c := newClaims(r.f)
+	c := newClaims(r.f, r.o.Keep)
 	claimants := make([]claimant, len(r.list))
 	for i, d := range r.list {
-		claimants[i] = claimant{root: d.Root, snap: d.SnapshottedTime}
+		claimants[i] = claimant{id: d.ID, root: d.Root, snap: d.SnapshottedTime}
 	}
 	c.count(claimants)
 	r.rep.Conflicts = c.settle(claimants)

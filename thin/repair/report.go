@@ -127,9 +127,7 @@ func (r *Report) WriteText(w io.Writer) error {
 	for _, t := range r.Trees {
 		fmt.Fprintln(b, t)
 	}
-	for i := range r.Devices {
-		r.Devices[i].writeText(b)
-	}
+	r.writeDevices(b)
 	if r.Conflicts > 0 {
 		fmt.Fprintf(b, "%d data blocks were claimed by several owners in contradiction: they stay with the newest claim, or are treated as shared\n", r.Conflicts)
 	}
@@ -155,6 +153,19 @@ func (r *Report) WriteText(w io.Writer) error {
 			len(r.Devices), len(r.Devices)-damaged-gone, damaged, gone, blocks)
 	}
 	return b.Flush()
+}
+
+// WriteDevices writes what of each device is lost, and nothing of those that are whole.
+func (r *Report) WriteDevices(w io.Writer) error {
+	b := bufio.NewWriter(w)
+	r.writeDevices(b)
+	return b.Flush()
+}
+
+func (r *Report) writeDevices(b *bufio.Writer) {
+	for i := range r.Devices {
+		r.Devices[i].writeText(b)
+	}
 }
 
 // rangesShown bounds the ranges of one device in the text.
