@@ -13,15 +13,16 @@ import (
 )
 
 // A Block is a kernel block device: pread, pwrite, fdatasync, BLKDISCARD and BLKZEROOUT on one
-// descriptor. Safe for concurrent use.
+// descriptor, and a second one for large writes while there are syncs (see direct). Safe for concurrent use.
 //
-// Requests go through the page cache and may have any offset and length; Discard and
+// Requests go through the page cache, but for those, and may have any offset and length; Discard and
 // WriteZeroes need multiples of the logical sector size.
 type Block struct {
 	path       string
 	fd         int
 	busy       inflight
 	size       atomic.Int64
+	direct     *direct
 	discardMax int64 // bytes of one discard request; 0 = the device does not discard
 }
 
@@ -70,6 +71,9 @@ func (b *Block) init(o OpenOptions) error {
 	}
 	b.size.Store(size)
 	b.discardMax = discardMax(st.Rdev)
+	if !o.ReadOnly {
+		b.direct = newDirect(b.fd)
+	}
 	return nil
 }
 
@@ -112,7 +116,7 @@ func (b *Block) WriteAt(p []byte, off int64) (int, error) {
 	if err := CheckRange(off, int64(len(p)), b.size.Load()); err != nil {
 		return 0, fmt.Errorf("write %s: %w", b.path, err)
 	}
-	n, err := pwriteFull(b.fd, p, off)
+	n, err := b.direct.pwrite(b.fd, p, off)
 	if err != nil {
 		return n, &os.PathError{Op: "write", Path: b.path, Err: err}
 	}
@@ -125,6 +129,7 @@ func (b *Block) Flush() error {
 		return ErrClosed
 	}
 	defer b.busy.leave()
+	b.direct.flushed()
 	return sysOp("fdatasync", b.path, func() error { return unix.Fdatasync(b.fd) })
 }
 
@@ -197,6 +202,7 @@ func (b *Block) Close() error {
 	if !b.busy.close() {
 		return nil
 	}
+	b.direct.close()
 	if err := unix.Close(b.fd); err != nil {
 		return &os.PathError{Op: "close", Path: b.path, Err: err}
 	}

@@ -22,7 +22,8 @@ type OpenOptions struct {
 	LoopOK bool
 }
 
-// A File is a regular file as a device: pread, pwrite, fdatasync, fallocate on one descriptor.
+// A File is a regular file as a device: pread, pwrite, fdatasync, fallocate on one descriptor, and a
+// second one for large writes while there are syncs (see direct).
 // Its length is the file's when it is opened. Safe for concurrent use.
 //
 // Durability: Flush is fdatasync, which also makes a new length and punched holes durable.
@@ -31,6 +32,8 @@ type File struct {
 	fd   int
 	busy inflight
 	size atomic.Int64
+
+	direct *direct // for large writes; nil if there is no use for it
 
 	resizeMu sync.Mutex  // one Resize at a time
 	noZero   atomic.Bool // FALLOC_FL_ZERO_RANGE is not supported here
@@ -119,6 +122,9 @@ func newFile(path string, fd int, o OpenOptions) (*File, error) {
 		return nil, &os.PathError{Op: "open", Path: path, Err: err}
 	}
 	f := &File{path: path, fd: fd}
+	if !o.ReadOnly && !inMemory(fd) {
+		f.direct = newDirect(fd)
+	}
 	f.size.Store(st.Size)
 	return f, nil
 }
@@ -148,7 +154,7 @@ func (f *File) WriteAt(p []byte, off int64) (int, error) {
 	if err := CheckRange(off, int64(len(p)), f.size.Load()); err != nil {
 		return 0, fmt.Errorf("write %s: %w", f.path, err)
 	}
-	n, err := pwriteFull(f.fd, p, off)
+	n, err := f.direct.pwrite(f.fd, p, off)
 	if err != nil {
 		return n, &os.PathError{Op: "write", Path: f.path, Err: err}
 	}
@@ -162,6 +168,7 @@ func (f *File) Flush() error {
 		return ErrClosed
 	}
 	defer f.busy.leave()
+	f.direct.flushed()
 	return f.op("fdatasync", func() error { return unix.Fdatasync(f.fd) })
 }
 
@@ -313,6 +320,7 @@ func (f *File) Close() error {
 	if !f.busy.close() {
 		return nil
 	}
+	f.direct.close()
 	if err := unix.Close(f.fd); err != nil {
 		return &os.PathError{Op: "close", Path: f.path, Err: err}
 	}

@@ -21,6 +21,7 @@ import (
 	"mica/engine"
 	"mica/engine/user"
 	"mica/internal/recordfs"
+	"mica/layer/catalog"
 	"mica/layer/internal/fake"
 	"mica/thin"
 )
@@ -99,9 +100,9 @@ type storePower struct {
 	seq   uint64  // guarded by mu
 }
 
-func (p *storePower) options(root, catalog string, pool engine.Pool) Options {
+func (p *storePower) options(root, file string, pool engine.Pool) Options {
 	p.e = fake.NewExporter()
-	return Options{Root: root, Run: filepath.Join(root, "run"), Catalog: catalog, Pool: pool, Exporter: p.e, BaseSize: 64 << 20, Logger: quietLogger()}
+	return Options{Root: root, Run: filepath.Join(root, "run"), Catalog: file, Pool: pool, Exporter: p.e, BaseSize: 64 << 20, Logger: quietLogger()}
 }
 
 // record runs workers on a store, with everything recorded that pool and catalog write.
@@ -377,7 +378,7 @@ func (w *powerWorker) operation(ctx context.Context) error {
 // check opens pool and store as a power cut has left them. Catalog and pool must be in step without
 // help: nothing is read-only, broken or foreign, and nothing is left to delete once the queue is
 // empty. Every object that was acknowledged is there with a content that it may have.
-func (p *storePower) check(dir string, meta, data, catalog *dev.Mem, cut int) error {
+func (p *storePower) check(dir string, meta, data, catFile *dev.Mem, cut int) error {
 	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	defer cancel()
 	rep, err := thin.Check(meta, thin.CheckOptions{})
@@ -398,8 +399,8 @@ func (p *storePower) check(dir string, meta, data, catalog *dev.Mem, cut int) er
 	}
 	defer os.RemoveAll(root)
 	path := filepath.Join(root, "catalog.db")
-	if file := make([]byte, catalog.Size()); len(file) > 0 {
-		if _, err := catalog.ReadAt(file, 0); err != nil {
+	if file := make([]byte, catFile.Size()); len(file) > 0 {
+		if _, err := catFile.ReadAt(file, 0); err != nil {
 			return err
 		}
 		if err := os.WriteFile(path, file, 0o600); err != nil {
@@ -412,6 +413,9 @@ func (p *storePower) check(dir string, meta, data, catalog *dev.Mem, cut int) er
 		return fmt.Errorf("open the store: %w", err)
 	}
 	defer s.Close()
+	if ro := s.cat.ReadOnly(); ro != nil {
+		return ro
+	}
 	select {
 	case <-s.base.ready:
 	case <-ctx.Done():
@@ -427,13 +431,29 @@ func (p *storePower) check(dir string, meta, data, catalog *dev.Mem, cut int) er
 	if st.ReadOnly != "" || len(st.Broken)+len(st.Foreign) > 0 || len(st.Queue) > 0 {
 		return fmt.Errorf("status: read-only %q, broken %v, foreign %v, queue %v", st.ReadOnly, st.Broken, st.Foreign, st.Queue)
 	}
-	df, err := s.DF(ctx)
+	list, err := pool.Devices(ctx)
 	if err != nil {
 		return err
 	}
-	for _, e := range df.Entries {
-		if e.Kind == "removing" {
-			return fmt.Errorf("device %d is left of a removal", e.Device)
+	records := map[thin.DevID]bool{}
+	err = s.cat.View(func(tx *catalog.Tx) error {
+		for _, kind := range []string{kindBase, kindLayer, kindImage, kindContainer, kindSnapshot, kindSnap} {
+			err := tx.Each(kind, "", "", func(r catalog.Record) (bool, error) {
+				records[r.Device] = r.Device != 0
+				return true, nil
+			})
+			if err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	for _, d := range list {
+		if !records[d.ID] {
+			return fmt.Errorf("device %d is left of a removal", d.ID)
 		}
 	}
 	for _, f := range p.fates {
@@ -525,12 +545,11 @@ func TestPowerCuts(t *testing.T) {
 	}
 	rng.Shuffle(len(points), func(i, j int) { points[i], points[j] = points[j], points[i] })
 	points = points[:min(len(points), n*2/3)]
-	for i := 0; len(points) < n; i++ {
-		if i < n/20 {
-			points = append(points, 1+rng.IntN(80)) // the first start
-		} else {
-			points = append(points, 1+rng.IntN(now))
-		}
+	for i := range n / 10 { // the first start
+		points = append(points, 1+i%40)
+	}
+	for len(points) < n {
+		points = append(points, 1+rng.IntN(now))
 	}
 	slices.Sort(points)
 	begin := time.Now()

@@ -125,7 +125,7 @@ func everyRequest(t *testing.T, seed uint64, s trial.Setup, ops trial.Ops, step 
 	}
 	wg.Wait()
 	t.Logf("%d runs; the pool failed in %d, left mode rw in %d; %.1f s", runs.Load(), failures.Load(), modes.Load(), time.Since(begin).Seconds())
-	if !t.Failed() && (runs.Load() < 50 || failures.Load() < 5) {
+	if !t.Failed() && !raceEnabled && (runs.Load() < 50 || failures.Load() < 5) {
 		t.Error("too little happened")
 	}
 }

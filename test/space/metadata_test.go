@@ -70,7 +70,11 @@ func (w *sparseWriter) check(h engine.Thin) error {
 // was acknowledged is there, every discard and every delete works, and then there is room again.
 func TestMetadataFullOfMappings(t *testing.T) {
 	seed := seed(t)
-	for _, blocks := range []int64{96, 150, 300, 512} {
+	sizes := []int64{96, 150, 300, 512}
+	if raceEnabled {
+		sizes = sizes[:2]
+	}
+	for _, blocks := range sizes {
 		t.Run(fmt.Sprint(blocks), func(t *testing.T) {
 			meta, data := dev.NewMem(blocks*4096), dev.NewMem(100_000*blockSize)
 			must(t, thin.Format(meta, thin.FormatOptions{DataBlockSize: blockSize, DataBlocks: 100_000}))
