@@ -149,7 +149,7 @@ func loopHolder(path string, st *unix.Stat_t) error {
 		}
 		var other unix.Stat_t
 		if unix.Stat(backing, &other) == nil && other.Dev == st.Dev && other.Ino == st.Ino {
-			return &LockedError{Path: path, By: "under loop device /dev/" + strings.Split(f, "/")[3]}
+			return &LockedError{Path: path, By: "under loop device /dev/" + strings.Split(f, "/")[3] + ", as the files of a pool are that is active in the kernel"}
 		}
 	}
 	return nil
