@@ -3,7 +3,6 @@ package main
 import (
 	"archive/tar"
 	"bytes"
-	"context"
 	"crypto/sha256"
 	"encoding/hex"
 	"encoding/json"
@@ -14,7 +13,6 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
-	"syscall"
 	"testing"
 	"time"
 
@@ -23,6 +21,7 @@ import (
 	"mica/daemon/api"
 	"mica/daemon/client"
 	"mica/export/holder"
+	"mica/internal/testbox"
 )
 
 // needMachine skips a test that needs what an unprivileged container does not have.
@@ -48,7 +47,7 @@ type box struct {
 	config              string   // file; "": none
 	flags               []string // further ones of serve
 	serve               *exec.Cmd
-	exited              chan error // of serve
+	daemon              *testbox.Daemon // that of serve
 	log                 bytes.Buffer
 }
 
@@ -104,28 +103,13 @@ func (b *box) fails(args ...string) string {
 
 func (b *box) try(args ...string) (stdout, stderr string, code int) {
 	b.Helper()
-	c := b.command(args...)
-	var o, e bytes.Buffer
-	c.Stdout, c.Stderr = &o, &e
-	timer := time.AfterFunc(2*time.Minute, func() { c.Process.Signal(syscall.SIGQUIT) })
-	defer timer.Stop()
-	err := c.Run()
-	var exit *exec.ExitError
-	if err != nil && !errors.As(err, &exit) {
-		b.Fatal(err)
-	}
-	return o.String(), e.String(), c.ProcessState.ExitCode()
+	return testbox.Run(b, b.command(args...))
 }
 
 // asJSON runs a command with --json and decodes what it prints.
 func asJSON[T any](b *box, args ...string) (v T) {
 	b.Helper()
-	out := b.mica(append(args, "--json")...)
-	d := json.NewDecoder(strings.NewReader(out))
-	if err := d.Decode(&v); err != nil {
-		b.Fatalf("mica %s --json: %v in %q", strings.Join(args, " "), err, out)
-	}
-	return v
+	return testbox.Decode[T](b, args, b.mica(append(args, "--json")...))
 }
 
 func (b *box) client() *client.Client { return client.New(b.run) }
@@ -137,36 +121,8 @@ func (b *box) start() {
 	if b.config != "" {
 		args = append(args, "--config", b.config)
 	}
-	b.serve = b.command(append(args, b.flags...)...)
-	b.exited = make(chan error, 1)
-	f, err := os.OpenFile(filepath.Join(b.dir, "log"), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
-	if err != nil {
-		b.Fatal(err)
-	}
-	defer f.Close()
-	b.serve.Stderr = f
-	if err := b.serve.Start(); err != nil {
-		b.Fatal(err)
-	}
-	serve, exited := b.serve, b.exited
-	go func() { exited <- serve.Wait() }()
-	c := b.client()
-	defer c.Close()
-	for deadline := time.Now().Add(30 * time.Second); ; {
-		st, err := c.Status(context.Background())
-		if err == nil && st.PID == serve.Process.Pid {
-			return
-		}
-		select {
-		case err := <-exited:
-			exited <- err
-			b.Fatalf("the daemon ended: %v\n%s", err, b.logText())
-		case <-time.After(10 * time.Millisecond):
-		}
-		if time.Now().After(deadline) {
-			b.Fatalf("the daemon does not answer: %v\n%s", err, b.logText())
-		}
-	}
+	b.daemon = testbox.Start(b, b.command(append(args, b.flags...)...), filepath.Join(b.dir, "log"), b.run)
+	b.serve = b.daemon.Cmd
 }
 
 // stop ends the daemon with a signal and waits for it. The exit code is returned, -1 for a kill.
@@ -180,12 +136,7 @@ func (b *box) stop(sig os.Signal) int {
 
 func (b *box) waitEnd() int {
 	b.Helper()
-	select {
-	case <-b.exited:
-	case <-time.After(60 * time.Second):
-		b.Fatalf("the daemon does not end\n%s", b.logText())
-	}
-	code := b.serve.ProcessState.ExitCode()
+	code := b.daemon.WaitEnd(b)
 	b.serve = nil
 	return code
 }
@@ -211,7 +162,7 @@ func (b *box) takeDown() {
 			b.serve.Process.Kill()
 		}
 		select {
-		case <-b.exited:
+		case <-b.daemon.Exited:
 		case <-time.After(30 * time.Second):
 			b.Errorf("the daemon does not end")
 			b.serve.Process.Kill()
@@ -233,20 +184,7 @@ func (b *box) takeDown() {
 	}
 }
 
-// mountsBelow lists mount points below a directory, the innermost first.
-func mountsBelow(dir string) []string {
-	b, err := os.ReadFile("/proc/self/mountinfo")
-	if err != nil {
-		return nil
-	}
-	var list []string
-	for _, line := range strings.Split(string(b), "\n") {
-		if w := strings.Fields(line); len(w) > 4 && strings.HasPrefix(w[4], dir+"/") {
-			list = append([]string{unescapeMount(w[4])}, list...)
-		}
-	}
-	return list
-}
+func mountsBelow(dir string) []string { return testbox.Mounts(dir) }
 
 // A file is one entry of a layer.
 type file struct {
@@ -373,12 +311,7 @@ func (b *box) settle() api.Pool {
 // eventually waits until a condition holds.
 func (b *box) eventually(what string, cond func() bool) {
 	b.Helper()
-	for deadline := time.Now().Add(30 * time.Second); !cond(); {
-		if time.Now().After(deadline) {
-			b.Fatalf("it does not come to it: %s\n%s", what, b.logText())
-		}
-		time.Sleep(20 * time.Millisecond)
-	}
+	testbox.Eventually(b, what, cond)
 }
 
 // holderPID is the process that keeps the descriptors.

@@ -4,10 +4,6 @@
 package e2e
 
 import (
-	"bytes"
-	"context"
-	"encoding/json"
-	"errors"
 	"fmt"
 	"os"
 	"os/exec"
@@ -20,7 +16,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"mica/daemon/api"
-	"mica/daemon/client"
+	"mica/internal/testbox"
 )
 
 // program is the real binary, built once.
@@ -81,7 +77,7 @@ type box struct {
 	config               string // text of the configuration; changed before start
 	program              string // the binary, where it is another than that of all tests
 	serve                *exec.Cmd
-	exited               chan error // of serve
+	daemon               *testbox.Daemon // that of serve
 	tools                []*exec.Cmd
 	watchdog             *time.Timer
 	atEnd                []func() // in the reverse order, before the machine is looked at
@@ -141,28 +137,14 @@ func (b *box) tool(name string, args ...string) *exec.Cmd {
 	return c
 }
 
-// commandLimit bounds one command; a hang is shown with the stacks of all goroutines.
-const commandLimit = 2 * time.Minute
-
 func (b *box) try(args ...string) (stdout, stderr string, code int) {
 	b.Helper()
-	return b.tryCommand(b.command(args...))
+	return testbox.Run(b, b.command(args...))
 }
 
 func (b *box) tryCommand(c *exec.Cmd) (stdout, stderr string, code int) {
 	b.Helper()
-	var o, e bytes.Buffer
-	c.Stdout, c.Stderr = &o, &e
-	if err := c.Start(); err != nil {
-		b.Fatal(err)
-	}
-	timer := time.AfterFunc(commandLimit, func() { c.Process.Signal(syscall.SIGQUIT) })
-	defer timer.Stop()
-	var exit *exec.ExitError
-	if err := c.Wait(); err != nil && !errors.As(err, &exit) {
-		b.Fatal(err)
-	}
-	return o.String(), e.String(), c.ProcessState.ExitCode()
+	return testbox.Run(b, c)
 }
 
 // mica runs a command that must succeed and returns what it printed, without the last newline.
@@ -218,11 +200,7 @@ func (b *box) sh(name string, args ...string) string {
 // asJSON runs a command with --json and decodes what it prints.
 func asJSON[T any](b *box, args ...string) (v T) {
 	b.Helper()
-	out := b.mica(append(args, "--json")...)
-	if err := json.Unmarshal([]byte(out), &v); err != nil {
-		b.Fatalf("mica %s --json: %v in %q", strings.Join(args, " "), err, out)
-	}
-	return v
+	return testbox.Decode[T](b, args, b.mica(append(args, "--json")...))
 }
 
 func (b *box) status() api.Status {
@@ -243,36 +221,8 @@ func (b *box) serveArgs() []string {
 // start starts the daemon and waits until it answers.
 func (b *box) start() {
 	b.Helper()
-	b.serve = b.command(b.serveArgs()...)
-	log, err := os.OpenFile(b.path("log"), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
-	if err != nil {
-		b.Fatal(err)
-	}
-	defer log.Close()
-	b.serve.Stderr = log
-	if err := b.serve.Start(); err != nil {
-		b.Fatal(err)
-	}
-	serve, exited := b.serve, make(chan error, 1)
-	b.exited = exited
-	go func() { exited <- serve.Wait() }()
-	c := client.New(b.run)
-	defer c.Close()
-	for deadline := time.Now().Add(60 * time.Second); ; {
-		st, err := c.Status(context.Background())
-		if err == nil && st.PID == serve.Process.Pid {
-			return
-		}
-		select {
-		case err := <-exited:
-			b.serve = nil
-			b.Fatalf("the daemon ended: %v", err)
-		case <-time.After(10 * time.Millisecond):
-		}
-		if time.Now().After(deadline) {
-			b.Fatalf("the daemon does not answer: %v", err)
-		}
-	}
+	b.daemon = testbox.Start(b, b.command(b.serveArgs()...), b.path("log"), b.run)
+	b.serve = b.daemon.Cmd
 }
 
 // stop ends the daemon with a signal and waits for it. The exit code is returned, -1 for a kill.
@@ -286,12 +236,7 @@ func (b *box) stop(sig os.Signal) int {
 
 func (b *box) waitEnd() int {
 	b.Helper()
-	select {
-	case <-b.exited:
-	case <-time.After(60 * time.Second):
-		b.Fatal("the daemon does not end")
-	}
-	code := b.serve.ProcessState.ExitCode()
+	code := b.daemon.WaitEnd(b)
 	b.serve = nil
 	return code
 }
@@ -375,11 +320,7 @@ func (b *box) figures() figure {
 // eventually waits until a condition holds.
 func (b *box) eventually(what string, cond func() bool) {
 	b.Helper()
-	for deadline := time.Now().Add(30 * time.Second); !cond(); time.Sleep(20 * time.Millisecond) {
-		if time.Now().After(deadline) {
-			b.Fatalf("it does not come to it: %s", what)
-		}
-	}
+	testbox.Eventually(b, what, cond)
 }
 
 // unmount takes away what the test mounted itself.

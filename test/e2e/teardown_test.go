@@ -13,6 +13,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"mica/internal/testbox"
 )
 
 // takeDown ends everything in the box, lets two checkers look at the pool, and fails the test if
@@ -77,14 +79,14 @@ func (b *box) endDaemon() {
 		b.serve.Process.Kill()
 	}
 	select {
-	case err := <-b.exited:
+	case err := <-b.daemon.Exited:
 		if err != nil && !b.Failed() {
 			b.Errorf("the daemon ended badly: %v", err)
 		}
 	case <-time.After(30 * time.Second):
 		b.Error("the daemon does not end")
 		b.serve.Process.Kill()
-		<-b.exited
+		<-b.daemon.Exited
 	}
 	b.serve = nil
 }
@@ -144,20 +146,7 @@ func (b *box) processes() []int {
 	return list
 }
 
-// mountsBelow lists mount points below a directory, the innermost first.
-func mountsBelow(dir string) []string {
-	text, err := os.ReadFile("/proc/self/mountinfo")
-	if err != nil {
-		return nil
-	}
-	var list []string
-	for _, line := range strings.Split(string(text), "\n") {
-		if w := strings.Fields(line); len(w) > 4 && strings.HasPrefix(w[4], dir+"/") {
-			list = append([]string{w[4]}, list...)
-		}
-	}
-	return list
-}
+func mountsBelow(dir string) []string { return testbox.Mounts(dir) }
 
 // loopsBelow lists loop devices on files below a directory.
 func loopsBelow(dir string) []string {
@@ -226,7 +215,7 @@ func (b *box) checkFiles() {
 		switch rel {
 		case ".", "pool", "pool/data", "pool/metadata", "pool/backups", "catalog.db", "spool", "daemon.lock", "lost+found":
 		default:
-			if strings.HasPrefix(rel, "pool/backups/metadata-") && strings.HasSuffix(rel, ".xml.zst") {
+			if strings.HasPrefix(rel, "pool/backups/metadata-") && strings.HasSuffix(rel, ".zst") {
 				return nil // made at a clean end
 			}
 			left = append(left, "ROOT/"+rel)
