@@ -146,9 +146,15 @@ shared. If it fails, the metadata device is left without a superblock.`,
 			if err != nil {
 				return err
 			}
-			err = p.about(args, thin.Restore(bufio.NewReaderSize(in, 1<<16), d, o))
+			w, err := user.JournalWaiting(p.location(args))
+			if err == nil {
+				err = p.about(args, thin.Restore(bufio.NewReaderSize(in, 1<<16), d, o))
+			}
 			if err == nil { // what waited for the pool that was there is worth nothing now
 				err = user.DiscardJournal(p.location(args))
+			}
+			if err == nil && w != nil && w.Entries > 0 {
+				fmt.Fprintf(cmd.ErrOrStderr(), "mica: %s: %d changes of an opener that was killed, which waited in %s, are given up\n", p.location(args).MetadataPath(), w.Entries, w.Path)
 			}
 			return errors.Join(err, d.Close())
 		},
