@@ -2,6 +2,8 @@ package containerd
 
 import (
 	"fmt"
+	"os"
+	"regexp"
 	"strconv"
 	"strings"
 	"syscall"
@@ -36,6 +38,18 @@ func TestRestarts(t *testing.T) {
 		b.startMica()
 		moves("the daemon was killed")
 		b.daemon.end(syscall.SIGTERM)
+		// The devices stay, and whoever reads the log knows who has them. Without the daemon containerd says
+		// which socket does not answer.
+		for _, n := range names {
+			pattern := fmt.Sprintf(`stays, and waits for the next start.*object=snap/mica/%s/[0-9]+/%s .*users=.*rootfs`, b.ns, n)
+			if log, _ := os.ReadFile(b.path("mica.log")); !regexp.MustCompile(pattern).Match(log) {
+				t.Errorf("the log does not say who holds the device of %s:\n%s", n, log)
+			}
+		}
+		_, err := b.tryCtr(20*time.Second, "snapshots", "--snapshotter", "mica", "ls")
+		if err == nil || !strings.Contains(err.Error(), "unavailable") && !strings.Contains(err.Error(), b.path("run/snapshotter.sock")) {
+			t.Errorf("a call without the daemon: %v", err)
+		}
 		b.startMica()
 		moves("the daemon was restarted in order")
 
