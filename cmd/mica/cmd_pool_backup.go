@@ -311,8 +311,8 @@ func (r *restoreCmd) print(cmd *cobra.Command, rep *backup.Report) error {
 	if b.Superblock != "" || len(b.Trees) > 0 {
 		fmt.Fprintln(w, "WARNING: the backup itself is damaged:", strings.Join(append([]string{b.Superblock}, b.Trees...), " "))
 	}
-	if n := len(rep.Newer); n > 0 {
-		fmt.Fprintf(w, "%d devices are newer than the backup and are lost: %s\n", n, shortList(rep.Newer))
+	if len(rep.Newer) > 0 {
+		fmt.Fprintf(w, "devices that are newer than the backup and are lost: %s\n", shortList(rep.Newer))
 	}
 	if err := b.WriteDevices(w); err != nil {
 		return err
