@@ -361,3 +361,44 @@ func userChild(dir string) error {
 	fmt.Println("written")
 	return unix.Kill(os.Getpid(), unix.SIGKILL)
 }
+
+// TestNodeInTheWay: a pool whose node cannot be had is not left active, nor its loop devices.
+func TestNodeInTheWay(t *testing.T) {
+	src := Source{Dir: newDir(t, 16<<20, 1<<20, 64<<10)}
+	var made []string
+	clear := func() {
+		for _, path := range made {
+			os.Remove(path)
+		}
+		made = nil
+	}
+	defer clear()
+	for n := range 32 {
+		path := fmt.Sprintf("/dev/dm-%d", n)
+		if f, err := os.OpenFile(path, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o600); err == nil {
+			f.Close()
+			made = append(made, path)
+		}
+	}
+	if p, err := Open(ctx, src, Options{}); err == nil {
+		p.Close()
+		t.Fatal("opened although something else has the name of its node")
+	}
+	if active, err := Active(src); err != nil || active {
+		t.Errorf("active after the failure: %v, %v", active, err)
+	}
+	for _, path := range []string{src.dataPath(), src.metadataPath()} {
+		m := &medium{path: path}
+		if loops := m.loops(); len(loops) > 0 {
+			t.Errorf("%s is under loop devices %v", path, loops)
+		}
+	}
+	clear()
+	p, err := Open(ctx, src, Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := p.Close(); err != nil {
+		t.Error(err)
+	}
+}

@@ -216,7 +216,10 @@ func (p *Pool) activate(ctx context.Context) (err error) {
 	if err != nil {
 		return p.refused(err)
 	}
-	return p.found(info)
+	if err := p.found(info); err != nil {
+		return errors.Join(err, removePatiently(ctx, p.dm, p.name))
+	}
+	return nil
 }
 
 // noJournal refuses a pool for which a journal of the user engine waits: what was acknowledged
