@@ -297,7 +297,10 @@ func (k *kit) args(initrd string, c Config) []string {
 	cmdline := "console=ttyS0 quiet loglevel=4 panic=-1 oops=panic rdinit=/init mitigations=off " +
 		"nokaslr audit=0 random.trust_cpu=on " +
 		// Device-mapper waits for many RCU grace periods; expedited ones are ten times shorter.
-		"rcupdate.rcu_expedited=1 " + c.Cmdline
+		"rcupdate.rcu_expedited=1 " +
+		// On a host that is busy the emulator may not run for many seconds; the guest takes that
+		// for a processor that is stuck.
+		"nosoftlockup rcupdate.rcu_cpu_stall_suppress=1 " + c.Cmdline
 	args := []string{
 		"-accel", "tcg", "-machine", "q35", "-cpu", "max", "-smp", strconv.Itoa(cpus), "-m", strconv.Itoa(memory),
 		"-nodefaults", "-no-user-config", "-no-reboot", "-display", "none", "-serial", "stdio",
