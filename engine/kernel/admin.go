@@ -123,7 +123,8 @@ func (p *Pool) CreateSnaps(ctx context.Context, pairs []engine.SnapPair) (err er
 	return p.committed(what)
 }
 
-// Delete removes a device. The kernel does it in one transaction of its own.
+// Delete removes a device. The kernel does it in one transaction of its own; what only this device
+// has is discarded before, in steps.
 func (p *Pool) Delete(ctx context.Context, id thin.DevID) error {
 	what := fmt.Sprintf("delete thin %d", id)
 	if err := checkID(what, id); err != nil {
@@ -139,11 +140,17 @@ func (p *Pool) Delete(ctx context.Context, id thin.DevID) error {
 	if err := p.dropLeftovers(ctx, id); err != nil {
 		return fmt.Errorf("%s: %w", what, err)
 	}
+	if err := p.discardOwn(ctx, id); err != nil {
+		return fmt.Errorf("%s: %w", what, err)
+	}
+	before, _ := p.poolStatus(true)
 	if err := p.message(func(pool string) error { return p.dm.DeleteThin(pool, uint32(id)) }); err != nil {
 		return p.messageErr(what, err)
 	}
 	p.devices.Add(-1)
-	p.trim.later()
+	if after, err := p.poolStatus(true); err == nil && after.DataUsed < before.DataUsed {
+		p.trim.later() // the delete itself has freed some
+	}
 	return p.committed(what)
 }
 

@@ -478,8 +478,8 @@ func (t *Thin) Resize(sizeBytes int64) error {
 		return fmt.Errorf("resize thin %d: %w", t.id, err)
 	}
 	defer t.p.names.lock(t.id)()
-	t.mu.Lock()
-	defer t.mu.Unlock()
+	t.mu.RLock() // requests that wait for space do not hold this up
+	defer t.mu.RUnlock()
 	if t.closed.Load() {
 		return t.ioErr("resize", dev.ErrClosed)
 	}

@@ -13,10 +13,11 @@ import (
 	"mica/thin"
 )
 
-// The kernel passes discards down, but not deletes: the blocks of a deleted device are free in
-// the pool and keep their space on the host. A trim gives that back. Free blocks may be given away
-// at any moment, so the pool is suspended while some are looked up and discarded, for a short
-// time, again and again; nothing fails, requests wait.
+// The kernel passes discards down, but not deletes: what discardOwn has left of a deleted device
+// (blocks that it shared with one deleted before) is free in the pool and keeps its space on the
+// host. A trim gives that back. Free blocks may be given away at any moment, so the pool is
+// suspended while some are looked up and discarded, for a short time, again and again; nothing
+// fails, requests wait. A suspend costs some milliseconds for every active thin device.
 
 // Bounds of one step of a trim.
 const (
@@ -24,6 +25,7 @@ const (
 	trimStepTime  = 20 * time.Millisecond
 	trimPause     = 20 * time.Millisecond // between steps, for those who waited
 	trimAfter     = time.Second           // after a delete: others may follow
+	trimDevices   = 32                    // with more active ones a pool is not trimmed by itself
 )
 
 // A trimmer trims by itself after deletes, in pools on files.
@@ -58,7 +60,10 @@ func (p *Pool) trimLoop() {
 			return
 		case <-time.After(trimAfter):
 		}
-		if !p.ours || !p.data.isFile() || p.opts.NoDiscardPassdown || p.opts.ReadOnly {
+		p.mu.Lock()
+		active := len(p.open) + len(p.left)
+		p.mu.Unlock()
+		if !p.ours || !p.data.isFile() || p.opts.NoDiscardPassdown || p.opts.ReadOnly || active > trimDevices {
 			continue
 		}
 		if _, err := p.Trim(ctx); err != nil && ctx.Err() == nil {
