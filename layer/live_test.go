@@ -661,6 +661,43 @@ func testNodeTakenAway(t *testing.T, fs string) {
 	ok(t, s.Detach(ctx, "c", DetachOptions{}))
 }
 
+// TestCrashLevel: a copy of what was not unmounted in order says so, and is replayed; one of what was is of
+// the file system's level.
+func TestCrashLevel(t *testing.T) { eachFS(t, testCrashLevel) }
+
+func testCrashLevel(t *testing.T, fs string) {
+	r := newRig(t)
+	r.o.FSType = fs
+	s := r.open()
+	ctx := tctx(t)
+	importImage(t, s, "a", []file{{name: "a", data: "a"}})
+	create(t, s, "c", "a")
+	r.mounted("c", func(dir string) { write(t, dir, "x", "x") })
+	if snap := must[Snapshot](t)(s.Snapshot(ctx, "c", SnapshotOptions{Name: "clean"})); snap.Level != LevelFileSystem {
+		t.Errorf("a copy of what was unmounted is of level %s", snap.Level)
+	}
+	dir := r.mount("c")
+	f, err := os.Create(filepath.Join(dir, "y"))
+	ok(t, err)
+	_, err = f.WriteString("synced")
+	ok(t, errors.Join(err, f.Sync(), f.Close()))
+	c := must[Container](t)(s.Container(ctx, "c"))
+	node := filepath.Join(r.host.Run, "fuse", c.ID) // goes away under the mount, as in a power cut
+	unix.Unmount(node, unix.MNT_FORCE)
+	unix.Unmount(node, unix.MNT_DETACH)
+	unix.Unmount(dir, unix.MNT_DETACH)
+	waitFor(t, "the node's end", func() bool { return s.Detach(ctx, "c", DetachOptions{}) == nil })
+	snap := must[Snapshot](t)(s.Snapshot(ctx, "c", SnapshotOptions{Name: "dirty"}))
+	if snap.Level != LevelCrash {
+		t.Errorf("a copy of what was not unmounted is of level %s", snap.Level)
+	}
+	must[Container](t)(s.Rollback(ctx, "c", "dirty"))
+	r.fsck("c")
+	if m := contents(r, "c"); m["x"] != "x" || m["y"] != "synced" {
+		t.Errorf("the copy holds %v", m)
+	}
+}
+
 // A full pool: an import fails with the reason and leaves nothing, a snapshot of a mounted
 // container fails before anything is frozen, removing works, and then all goes on.
 func TestPoolFull(t *testing.T) { eachFS(t, testPoolFull) }

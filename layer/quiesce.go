@@ -68,7 +68,7 @@ func (s *Store) takeCopy(ctx context.Context, c record[containerBody], q Quiesce
 	if err != nil || clean {
 		return id, level, 0, err
 	}
-	if level == LevelFileSystem && !frozen && c.body.FSType == "ext4" {
+	if level == LevelFileSystem && !frozen {
 		level = LevelCrash // nobody had it mounted, and nobody had unmounted it in order
 	}
 	err = s.work(ctx, id, c.body.SizeBytes, false, func(w *work) error {
