@@ -33,22 +33,33 @@ func (o exportOptions) role(args ...string) []string {
 // nodes; for those of the user engine the best way that the host has is chosen.
 func newExporter(o exportOptions) (*export.Auto, error) {
 	if o.engine == engine.Kernel {
-		return export.NewAuto(export.AutoKind, export.Candidate{Kind: "dm", Open: func() (export.Exporter, error) {
-			return dm.New(dm.Options{RunDir: o.run, LinkDir: o.links, Logger: o.log})
-		}})
+		return export.NewAuto(export.AutoKind, o.kernelNodes())
 	}
+	return export.NewAuto(o.kind, o.candidates()...)
+}
+
+// kernelNodes gives out the nodes of the kernel engine.
+func (o exportOptions) kernelNodes() export.Candidate {
+	return export.Candidate{Kind: "dm", Left: left(o.run, "dm"), Open: func() (export.Exporter, error) {
+		return dm.New(dm.Options{RunDir: o.run, LinkDir: o.links, Logger: o.log})
+	}}
+}
+
+// candidates are the ways to export devices of the user engine, the best one first.
+func (o exportOptions) candidates() []export.Candidate {
 	helper := o.role("helper", "exports")
-	return export.NewAuto(o.kind,
-		export.Candidate{Kind: "ublk", Left: left(o.run, "ublk"), Open: func() (export.Exporter, error) {
+	return []export.Candidate{
+		{Kind: "ublk", Left: left(o.run, "ublk"), Open: func() (export.Exporter, error) {
 			return ublk.New(ublk.Options{RunDir: o.run, LinkDir: o.links, HelperCommand: helper, Logger: o.log})
 		}},
-		export.Candidate{Kind: "nbd", Left: left(o.run, "nbd"), Open: func() (export.Exporter, error) {
+		{Kind: "nbd", Left: left(o.run, "nbd"), Open: func() (export.Exporter, error) {
 			return nbdkernel.New(nbdkernel.Options{RunDir: o.run, LinkDir: o.links, HelperCommand: helper, Logger: o.log})
 		}},
-		export.Candidate{Kind: "fuse", Left: left(o.run, "fuse"), Open: func() (export.Exporter, error) {
+		{Kind: "fuse", Left: left(o.run, "fuse"), Open: func() (export.Exporter, error) {
 			return fuse.New(fuse.Options{RunDir: o.run, LinkDir: o.links, HolderSocket: o.holder,
 				HolderCommand: o.role("holder", o.holder), HelperCommand: o.role("helper", "loop"), Logger: o.log})
-		}})
+		}},
+	}
 }
 
 // left reports whether the directory of an exporter of this run directory has anything in it.

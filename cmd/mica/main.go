@@ -160,7 +160,7 @@ func group(id string, list ...*cobra.Command) []*cobra.Command {
 // commands lists every command of the program.
 func commands() []*cobra.Command {
 	return slices.Concat(
-		group("daemon", newServeCmd(), newShutdownCmd(), newStatusCmd(), newTopCmd(), newEventsCmd()),
+		group("daemon", newServeCmd(), newShutdownCmd(), newStatusCmd(), newTopCmd(), newEventsCmd(), newExportsCmd()),
 		group("everyday", newImageCmd(), newCreateCmd(), newMountCmd(), newUmountCmd(), newAttachCmd(), newDetachCmd(),
 			newSnapshotCmd(), newRollbackCmd(), newForkCmd(), newCommitCmd(), newDiffCmd(), newResizeCmd(),
 			newLsCmd(), newInspectCmd(), newRmCmd(), newDfCmd()),

@@ -47,8 +47,8 @@ func Lock(dir string) (*os.File, error) {
 }
 
 // Records are JSON files of one directory, by name. A process that is killed in the middle of a
-// change leaves the old record, or none. R is versioned by the directory: records of another
-// version are listed as nil.
+// change leaves the old record, or none; Tidy clears away what else it leaves. R is versioned by the
+// directory: records of another version are listed as nil.
 type Records[R any] struct {
 	Dir     string
 	Version int
@@ -62,6 +62,16 @@ type envelope[R any] struct {
 }
 
 func (r Records[R]) path(name string) string { return filepath.Join(r.Dir, name+suffix) }
+
+// Tidy removes changes that were never finished: a directory without records is empty. Before the
+// first Put.
+func (r Records[R]) Tidy() error {
+	list, err := filepath.Glob(filepath.Join(r.Dir, ".*"))
+	for _, f := range list {
+		err = errors.Join(err, os.Remove(f))
+	}
+	return err
+}
 
 // Put makes or changes a record.
 func (r Records[R]) Put(name string, rec R) error {

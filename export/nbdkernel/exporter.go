@@ -230,6 +230,9 @@ func (e *Exporter) Close() error {
 // clean removes what nobody can go on with: devices of ours that were never given to anybody,
 // records of devices that are gone, stale links. It runs before any device is attached.
 func (e *Exporter) clean() error {
+	if err := e.dir.Tidy(); err != nil {
+		return err
+	}
 	recs, err := e.dir.List()
 	if err != nil {
 		return err

@@ -19,6 +19,9 @@ import (
 // were being taken away, records of devices that are gone, stale links. It runs before any device
 // is attached.
 func (e *Exporter) clean() error {
+	if err := e.dir.Tidy(); err != nil {
+		return err
+	}
 	recs, err := e.dir.List()
 	if err != nil {
 		return err
