@@ -117,14 +117,14 @@ func (m *Metadata) Space() Space {
 // discard may cost what a write may, so what the last write that was admitted has really cost, some
 // nodes of its path, is kept back for the next discard.
 func (m *Metadata) reserveLocked() uint64 {
-	return max(min(4096, m.meta.Len()/10), m.deleteReserveLocked()+12)
+	return max(min(4096, m.meta.Len()/10), m.deleteReserveLocked()+4)
 }
 
 // deleteReserveLocked is what only deletes may use. A discard in a leaf that a snapshot shares makes
 // the metadata larger, and must not take what the delete of that snapshot needs.
 func (m *Metadata) deleteReserveLocked() uint64 {
 	least := m.deleteCostOf(1)
-	return least + least/8 + 4
+	return least + least/16
 }
 
 // GrowData makes the pool use blocks data blocks. Shrinking is refused.
