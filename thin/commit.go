@@ -140,6 +140,7 @@ func (c *Commit) Superblock() Superblock { return DecodeSuperblock(c.buf) }
 // Once the commit is durable, and readers that began before are done, they are given to
 // ReleaseData.
 func (c *Commit) Freed() []DataRun {
+	slices.Sort(c.dataFreed) // here, where nobody waits: there may be very many
 	var runs []DataRun
 	for _, b := range c.dataFreed {
 		if n := len(runs); n > 0 && runs[n-1].Begin+DataBlock(runs[n-1].Len) == DataBlock(b) {

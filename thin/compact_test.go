@@ -219,6 +219,7 @@ func TestCompactBesideOthers(t *testing.T) {
 		snapped := map[DevID]bool{}
 		c, err := p.m.Compact()
 		p.must(err)
+		p.retimed = true
 		var was timing
 		for n, done := 0, false; !done; n++ {
 			done, err = c.Step(3)

@@ -52,8 +52,9 @@ func (p *Pool) SetTransactionID(ctx context.Context, old, next uint64) error {
 }
 
 // deleteSteps is how many steps of a delete go by between commits, so that neither the metadata
-// reserve nor the freed data wait for the end of a large one.
-const deleteSteps = 64
+// reserve nor the freed data wait for the end of a large one, and a commit that others wait for
+// has to do with some ten thousands of freed blocks only.
+const deleteSteps = 8
 
 // Delete removes a device. A large one goes in steps between which others commit; if it is
 // interrupted the device is still there, with fewer mappings.

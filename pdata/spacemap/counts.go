@@ -9,7 +9,7 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
-	"sort"
+	"slices"
 
 	"mica/pdata/block"
 )
@@ -170,7 +170,7 @@ func (c *Counts) Dec(b uint64) (uint32, error) {
 	return was - 1, nil
 }
 
-// closeTxn forgets what was new in the transaction and returns what it freed.
+// closeTxn forgets what was new in the transaction and returns what it freed, in no order.
 func (c *Counts) closeTxn() []uint64 {
 	for _, b := range c.newBlocks {
 		c.st[b] &^= stNew
@@ -178,7 +178,6 @@ func (c *Counts) closeTxn() []uint64 {
 	c.newBlocks = c.newBlocks[:0]
 	f := c.freed
 	c.freed = nil
-	sort.Slice(f, func(i, j int) bool { return f[i] < f[j] })
 	return f
 }
 
@@ -216,6 +215,6 @@ func sortedKeys(m map[uint64]struct{}) []uint64 {
 	for b := range m {
 		k = append(k, b)
 	}
-	sort.Slice(k, func(i, j int) bool { return k[i] < k[j] })
+	slices.Sort(k)
 	return k
 }

@@ -255,7 +255,7 @@ func (d *Data) Finish() (Root, error) {
 	return Root{d.c.Len(), d.c.mapped, d.root, d.over}, nil
 }
 
-// CloseTxn ends a transaction and returns the blocks that it froze, ascending.
+// CloseTxn ends a transaction and returns the blocks that it froze, in no order.
 func (d *Data) CloseTxn() []uint64 {
 	d.mu.Lock()
 	defer d.mu.Unlock()
