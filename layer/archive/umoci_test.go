@@ -5,6 +5,7 @@ import (
 	"compress/gzip"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"math/rand"
 	"os"
@@ -30,17 +31,40 @@ func TestSameTreeAsUmoci(t *testing.T) {
 	if s := os.Getenv("MICA_SEED"); s != "" {
 		fmt.Sscan(s, &seed)
 	}
-	for i := int64(0); i < 4; i++ {
-		t.Run(fmt.Sprintf("seed=%d", seed+i), func(t *testing.T) { compareWithUmoci(t, seed+i) })
+	compared := 0
+	for i := int64(0); compared < 4; i++ {
+		if i == 40 {
+			t.Fatalf("umoci can unpack its own layers of %d seeds of %d only", compared, i)
+		}
+		t.Run(fmt.Sprintf("seed=%d", seed+i), func(t *testing.T) {
+			if compareWithUmoci(t, seed+i) {
+				compared++
+			}
+		})
+		if t.Failed() {
+			return
+		}
 	}
 }
 
-func compareWithUmoci(t *testing.T, seed int64) {
+// compareWithUmoci reports whether there was something to compare: where a directory has become a
+// link in a ring, umoci lists what was in it as hidden, and cannot unpack that.
+func compareWithUmoci(t *testing.T, seed int64) (compared bool) {
 	dir := t.TempDir()
 	image := filepath.Join(dir, "oci")
+	ring := errors.New("a ring of links")
+	defer func() {
+		if v := recover(); v != nil && v != ring {
+			panic(v)
+		}
+	}()
 	umoci := func(args ...string) {
 		t.Helper()
-		if out, err := exec.Command("umoci", args...).CombinedOutput(); err != nil {
+		out, err := exec.Command("umoci", args...).CombinedOutput()
+		if err != nil && strings.Contains(string(out), "too many levels of symbolic links") {
+			panic(ring)
+		}
+		if err != nil {
 			t.Fatalf("umoci %s: %v\n%s", strings.Join(args, " "), err, out)
 		}
 	}
@@ -107,6 +131,7 @@ func compareWithUmoci(t *testing.T, seed int64) {
 		t.Errorf("%d whiteouts in the layers, want some", whiteouts)
 	}
 	sameTrees(t, got, filepath.Join(ref, "rootfs"), treecmp.Options{})
+	return true
 }
 
 // layoutLayers returns the files of the layers of an OCI layout with one image, lowest first.
