@@ -28,6 +28,7 @@
 // Lock order, outermost first:
 //
 //	compaction.mu, .opening           the pool's time is compacted; opening a device waits
+//	space.tight                       a delete or a discard has the last metadata blocks; see tightly
 //	token of a device                 see above
 //	  Pool.applyMu                    pending sets to trees, create, snapshot, open, Prepare.
 //	                                  Never taken by who holds a token; a snapshot takes it
