@@ -60,9 +60,10 @@ func (d *dyingPool) tryOpen(o Options) (*Pool, error) {
 	id, err := journal.Identify(d.l.MetadataPath())
 	must(d.t, err)
 	do := dev.OpenOptions{ReadOnly: o.ReadOnly, Lock: true}
-	m, err := dev.OpenFile(d.l.MetadataPath(), do)
+	// A child that another test is just starting has the locks of the one that died.
+	m, err := openLocked(ctx, d.l, d.l.MetadataPath(), do, 10*time.Second)
 	must(d.t, err)
-	x, err := dev.OpenFile(d.l.DataPath(), do)
+	x, err := openLocked(ctx, d.l, d.l.DataPath(), do, 10*time.Second)
 	must(d.t, err)
 	d.meta, d.data = dev.NewFault(m), dev.NewFault(x)
 	return openOn(d.meta, d.data, o, &id)
