@@ -113,11 +113,11 @@ func TestDiffByBlocks(t *testing.T) {
 		rng := rand.New(rand.NewSource(seed))
 		names := append([]string{"x", "y", "z", "sub", "dir"}, randtree.Names[:6]...)
 		many := []file{{name: "a", data: "a"}} // inodes in many blocks
-		for i := range 2500 {
+		for i := range 1500 {
 			many = append(many, file{name: fmt.Sprintf("many%d/f%d", i%50, i), data: strings.Repeat("m", i%3)})
 		}
 		importImage(t, s, "a0", many)
-		for i := range few(6) {
+		for i := range few(4) {
 			name, image := fmt.Sprintf("c%d", i), fmt.Sprintf("a%d", i)
 			create(t, s, name, image)
 			if i == 2 {

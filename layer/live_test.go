@@ -492,11 +492,8 @@ func testFrozenLeftovers(t *testing.T, fs string) {
 }
 
 // A freeze that takes too long is not a snapshot of the level that it says.
-func TestFreezeTooLong(t *testing.T) { eachFS(t, testFreezeTooLong) }
-
-func testFreezeTooLong(t *testing.T, fs string) {
+func TestFreezeTooLong(t *testing.T) {
 	r := newRig(t)
-	r.o.FSType = fs
 	s := r.open()
 	ctx := tctx(t)
 	importImage(t, s, "a", []file{{name: "a", data: "a"}})
