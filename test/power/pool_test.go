@@ -16,6 +16,7 @@ import (
 	"mica/dev"
 	"mica/engine/user"
 	"mica/internal/trial"
+	"mica/thin"
 )
 
 // setup picks the shape of a pool.
@@ -40,13 +41,17 @@ func setup(rng *rand.Rand) trial.Setup {
 		s.Origin = true
 	case 3: // metadata runs out
 		s.Hints = true
-		s.MetaBlocks = 50 + rng.Int64N(60)
+		s.MetaBlocks = 60 + rng.Int64N(60)
 		s.MaxMetaBlocks = s.MetaBlocks + rng.Int64N(40)
 	}
 	if rng.IntN(2) == 0 {
 		s.Jitter = 1 + rng.Uint64()>>1
 	}
 	s.Sectors = 4*s.BlockSize/trial.SectorBytes + 8
+	if rng.IntN(16) == 0 { // blocks that are prepared in pieces
+		s.BlockSize, s.Workers = 2<<20, 1+rng.IntN(2)
+		s.Sectors = 3*s.BlockSize/2/trial.SectorBytes + 8
+	}
 	// From just too little for everything to twice as much: blocks are used again soon.
 	need := uint64(s.Workers*s.Private+s.Shared) * 5
 	s.DataBlocks = need*3/4 + rng.Uint64N(need)
@@ -148,6 +153,9 @@ func run(seed uint64, cuts int, c *counter) *failure {
 		c.lives.Add(1)
 		c.ops.Add(int64(len(ops)))
 		l, err := live(s, meta, data, ops, nil)
+		if errors.Is(err, errTooSmall) {
+			return nil
+		}
 		if err == nil {
 			meta, data, err = l.cut(rng, cuts, c)
 		}
@@ -164,12 +172,18 @@ type life struct {
 	metaUnit, dataUnit func(off int64) int64 // what the media write as a whole
 }
 
+// errTooSmall: the metadata does not hold what all workers share. There is nothing to try.
+var errTooSmall = errors.New("metadata too small")
+
 // live runs operations on images and closes the pool.
 func live(s trial.Setup, meta, data *dev.Mem, ops trial.Ops, wrap func(m, d dev.Device) (dev.Device, dev.Device)) (*life, error) {
 	t, err := trial.Start(s, meta, data, wrap)
 	if err != nil {
 		if t != nil {
 			t.Close()
+		}
+		if errors.Is(err, thin.ErrNoMetaSpace) {
+			return nil, errTooSmall
 		}
 		return nil, fmt.Errorf("start: %w", err)
 	}

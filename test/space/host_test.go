@@ -35,18 +35,24 @@ func needRoot(t testing.TB) {
 	}
 }
 
+// unmount tries for a while: programs that look at all mounts hold them for a moment.
+func unmount(dir string) error {
+	for end := time.Now().Add(20 * time.Second); ; time.Sleep(20 * time.Millisecond) {
+		out, err := exec.Command("umount", dir).CombinedOutput()
+		if err == nil {
+			return nil
+		}
+		if time.Now().After(end) {
+			return fmt.Errorf("umount %s: %w\n%s", dir, err, out)
+		}
+	}
+}
+
 func unmountLater(t testing.TB, dir string) {
 	t.Cleanup(func() {
-		for end := time.Now().Add(20 * time.Second); ; time.Sleep(20 * time.Millisecond) {
-			out, err := exec.Command("umount", dir).CombinedOutput()
-			if err == nil {
-				return
-			}
-			if time.Now().After(end) {
-				t.Errorf("umount %s: %v\n%s", dir, err, out)
-				unix.Unmount(dir, unix.MNT_DETACH)
-				return
-			}
+		if err := unmount(dir); err != nil {
+			t.Error(err)
+			unix.Unmount(dir, unix.MNT_DETACH)
 		}
 	})
 }
