@@ -24,7 +24,7 @@ import (
 
 // Options of one test. Zero values mean the defaults named.
 type Options struct {
-	Inputs   int      // how many; 2000
+	Inputs   int      // how many; 2000. Under the race detector an eighth of that
 	MaxBytes int      // longest input; 64 KiB
 	Words    []string // that the format has; mixed into the inputs
 	// AllocBase and AllocPerByte bound what one input may allocate: base and a number for each
@@ -55,7 +55,7 @@ func Test(t *testing.T, target string, seeds [][]byte, o Options, property func(
 	if o.Limit == 0 {
 		o.Limit = 10 * time.Second
 	}
-	o.Inputs *= times(t)
+	o.Inputs = max(o.Inputs*times(t)/slower, 1)
 	seed := seed(t)
 	pool := append(append([][]byte{}, seeds...), corpus(t, target)...)
 	if len(pool) == 0 {
