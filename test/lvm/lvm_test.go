@@ -135,7 +135,7 @@ exit 1`
 	// A second pool of the same name is refused, one with another name is made by one command.
 	sh("volume group exists: mica", "rm /etc/mica/config.toml; mica pool create --lvm /dev/vdc --root /tmp/other 2>&1 || true")
 	sh("", "lvm vgremove -ff -y theirs; lvm pvremove -y /dev/vdc; printf '[lvm]\nvolume_group = \"second\"\n' >/etc/mica/config.toml")
-	sh(`devices = ["/dev/vdc"]`, "mica pool create --lvm /dev/vdc --root /tmp/other")
+	t.Logf("%s", sh(`devices = ["/dev/vdc"]`, "mica pool create --lvm /dev/vdc --root /tmp/other"))
 }
 
 // image makes a small image with the project's own tool.
