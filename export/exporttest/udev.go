@@ -19,7 +19,7 @@ import (
 const udevVar = "MICA_UDEVD"
 
 // udevCycles is how often a device is attached and detached; MICA_UDEV_CYCLES says otherwise.
-const udevCycles = 15
+const udevCycles = 10
 
 // RunUdev tests that udevd leaves the nodes alone, on a machine where it runs. Without the shipped
 // rules it must be seen to meddle, if udev knows the kind of node at all (known).

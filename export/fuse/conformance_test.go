@@ -58,3 +58,5 @@ var conformance = exporttest.Driver{
 func TestConformance(t *testing.T) { exporttest.Run(t, conformance) }
 
 func TestUdev(t *testing.T) { exporttest.RunUdev(t, conformance, true) }
+
+func BenchmarkTransport(b *testing.B) { exporttest.Bench(b, conformance) }

@@ -56,3 +56,5 @@ func TestSeveralConnections(t *testing.T) {
 }
 
 func TestUdev(t *testing.T) { exporttest.RunUdev(t, conformance, true) }
+
+func BenchmarkTransport(b *testing.B) { exporttest.Bench(b, conformance) }

@@ -51,3 +51,5 @@ func TestConformance(t *testing.T) {
 
 // udev knows ublk devices from version 254 on; Debian 12 has 252.
 func TestUdev(t *testing.T) { exporttest.RunUdev(t, conformance, false) }
+
+func BenchmarkTransport(b *testing.B) { exporttest.Bench(b, conformance) }

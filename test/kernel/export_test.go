@@ -32,8 +32,8 @@ func exportConfig(t *testing.T) vm.Config {
 // MICA_ROUNDS make it longer.
 func TestExports(t *testing.T) {
 	m := vm.Start(t, exportConfig(t))
-	env := []string{"MICA_KILLS=" + getenv("MICA_KILLS", "2"), "MICA_ROUNDS=" + getenv("MICA_ROUNDS", "4")}
-	t.Run("ublk", func(t *testing.T) { m.RunTests(t, 10*time.Minute, env, "/bin/ublk.test") })
+	env := []string{"MICA_KILLS=" + getenv("MICA_KILLS", "2"), "MICA_ROUNDS=" + getenv("MICA_ROUNDS", "2")}
+	t.Run("ublk", func(t *testing.T) { m.RunTests(t, 10*time.Minute, env, "/bin/ublk.test", "-test.skip=^TestUdev$") })
 	t.Run("nbd", func(t *testing.T) {
 		m.RunTests(t, 10*time.Minute, env, "/bin/nbd.test", "-test.run=^TestConformance")
 		m.RunTests(t, 10*time.Minute, env, "/bin/nbd.test", "-test.run=^TestSeveral.*/^(concurrent|waiting writes|restart|kill)$")
@@ -58,6 +58,23 @@ func getenv(name, def string) string {
 		return v
 	}
 	return def
+}
+
+// TestExportSpeed compares the nodes on memory, in the emulator: not their speed counts but which is
+// the faster one. It runs with MICA_EXPORT_SPEED=1.
+func TestExportSpeed(t *testing.T) {
+	if os.Getenv("MICA_EXPORT_SPEED") == "" {
+		t.Skip("SKIPPED: a measurement; MICA_EXPORT_SPEED=1 runs it")
+	}
+	c := exportConfig(t)
+	c.Files["/bin/fuse.test"] = vm.BuildTest(t, "mica/export/fuse")
+	c.Modules = append(c.Modules, "loop", "fuse")
+	m := vm.Start(t, c)
+	for round := range 2 {
+		for _, p := range []string{"ublk", "nbd", "fuse"} {
+			t.Logf("round %d, %s:\n%s", round, p, m.MustRun(t, "/bin/"+p+".test", "-test.run=^$", "-test.bench=Transport", "-test.benchtime=400ms"))
+		}
+	}
 }
 
 // TestUdev: with the rules that are shipped udevd leaves our nodes alone; without them it does not,
