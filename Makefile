@@ -50,12 +50,16 @@ fuzz-short:
 	@scripts/fuzz-short.sh $(FUZZTIME)
 
 # mica beside its peers: tables on the terminal, and JSON, a page and drawings in BENCHOUT. cgo is for
-# the btrfs snapshotter of containerd, a peer. BENCHFLAGS="--only nbd --quick" and the like.
+# the btrfs snapshotter of containerd, a peer. BENCHFLAGS="--only nbd --quick" and the like; BENCHVM= leaves
+# the kernel with dm-thin and ublk in an emulator out.
 BENCHOUT ?= bench-results
+BENCHVM ?= yes
 bench:
-	@scripts/setup.sh build runtime bench
+	@scripts/setup.sh build runtime bench $(if $(BENCHVM),vm)
 	@CGO_ENABLED=1 $(GO) build -trimpath -o bin/mica-bench ./cmd/mica
-	@bin/mica-bench bench --out $(BENCHOUT) $(BENCHFLAGS)
+	@mkdir -p $(BENCHOUT) && rm -f $(BENCHOUT)/vm.json
+	@$(if $(BENCHVM),$(GO) run ./internal/cmd/benchvm -o $(BENCHOUT)/vm.json || echo "bench: the part in the emulator is left out" >&2)
+	@bin/mica-bench bench --out $(BENCHOUT) $$([ ! -f $(BENCHOUT)/vm.json ] || echo --with $(BENCHOUT)/vm.json) $(BENCHFLAGS)
 
 # The benchmarks beside the code, in the form that benchstat reads.
 microbench:

@@ -73,6 +73,23 @@ type Target struct {
 	Gain bool `json:"gain,omitempty"`
 }
 
+// Add adds a part that was measured elsewhere: after the parts that it belongs to, or at the end. A part
+// with the same name is replaced.
+func (r *Result) Add(p Part) {
+	for i := range r.Parts {
+		if r.Parts[i].ID == p.ID {
+			r.Parts[i] = p
+			return
+		}
+	}
+	after := slices.IndexFunc(r.Parts, func(q Part) bool { return q.ID == blockPart.id })
+	if after < 0 {
+		r.Parts = append(r.Parts, p)
+		return
+	}
+	r.Parts = slices.Insert(r.Parts, after+1, p)
+}
+
 // Median of the samples; NaN if there are none.
 func (c Cell) Median() float64 { return median(c.Samples) }
 

@@ -21,6 +21,7 @@ type Server struct {
 	URI  string   // for NBD clients; "" if it serves a node
 	Node string   // block device; "" if it serves a URI
 	More []string // further block devices
+	Self int      // a process that was not started here and serves it; 0: see Pid
 	proc *process
 	undo []func() error // last first
 }
@@ -28,7 +29,7 @@ type Server struct {
 // Pid is the serving process, 0 if the kernel serves.
 func (s *Server) Pid() int {
 	if s.proc == nil {
-		return 0
+		return s.Self
 	}
 	return s.proc.cmd.Process.Pid
 }

@@ -18,6 +18,7 @@ import (
 func newBenchCmd() *cobra.Command {
 	var o bench.Options
 	var out, report string
+	var with []string
 	var asJSON bool
 	c := &cobra.Command{
 		Use:   "bench [--only PART,...] [--quick] [--out DIR]",
@@ -55,6 +56,11 @@ func newBenchCmd() *cobra.Command {
 				}
 				res.Command = "mica " + strings.Join(os.Args[1:], " ")
 			}
+			for _, name := range with {
+				if err := addPart(res, name); err != nil {
+					return err
+				}
+			}
 			if out != "" {
 				if err := bench.WriteReport(res, out); err != nil {
 					return err
@@ -79,10 +85,25 @@ func newBenchCmd() *cobra.Command {
 	c.Flags().StringVar(&o.Disk, "dir", "/var/tmp", "directory on a real disk; \"\" leaves those parts out")
 	c.Flags().StringVar(&out, "out", "", "write JSON, tables and drawings to this directory")
 	c.Flags().StringVar(&report, "report", "", "measure nothing, report this results.json")
+	c.Flags().StringSliceVar(&with, "with", nil, "add a part that was measured elsewhere, from this file")
 	c.Flags().StringVar(&o.Profile, "profile", "", "write profiles of mica's servers to this directory")
 	jsonFlag(c, &asJSON)
-	c.AddCommand(newBenchServeCmd())
+	c.AddCommand(newBenchServeCmd(), newBenchGuestCmd())
 	return c
+}
+
+// addPart adds a part from a file, before the others of its kind.
+func addPart(res *bench.Result, name string) error {
+	b, err := os.ReadFile(name)
+	if err != nil {
+		return err
+	}
+	var p bench.Part
+	if err := json.Unmarshal(b, &p); err != nil || p.ID == "" {
+		return fmt.Errorf("%s: not a part of a measurement: %w", name, err)
+	}
+	res.Add(p)
+	return nil
 }
 
 func partList() string {
@@ -132,5 +153,32 @@ func newBenchServeCmd() *cobra.Command {
 	c.MarkFlagsOneRequired("file", "pool")
 	c.MarkFlagsMutuallyExclusive("nbd", "block")
 	c.MarkFlagsMutuallyExclusive("file", "pool")
+	return c
+}
+
+// newBenchGuestCmd is the role of the program in the test machine.
+func newBenchGuestCmd() *cobra.Command {
+	var o bench.Options
+	c := &cobra.Command{
+		Use:    "guest DISK...",
+		Short:  "Measure in a test machine",
+		Hidden: true,
+		Args:   cobra.ExactArgs(bench.GuestDisks),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			exe, err := os.Executable()
+			if err != nil {
+				return err
+			}
+			o.Log = func(format string, args ...any) { fmt.Fprintf(cmd.ErrOrStderr(), format+"\n", args...) }
+			p, err := bench.Guest(cmd.Context(), o, args, []string{exe, "helper", "loop"})
+			if err != nil {
+				return err
+			}
+			return printJSON(cmd.OutOrStdout(), p)
+		},
+	}
+	c.Flags().IntVar(&o.Rounds, "rounds", 3, "rounds of each job")
+	c.Flags().DurationVar(&o.Runtime, "runtime", 0, "how long a job runs")
+	sizeVar(c, &o.Size, "size", 0, "length of the devices")
 	return c
 }

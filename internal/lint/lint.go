@@ -34,7 +34,7 @@ var Layers = []Layer{
 	// Tools and helpers of tests. Nothing above imports them, but dmioctl and uring.
 	{"internal/dmioctl", nil},
 	{"internal/uring", nil},
-	{"internal/...", []string{"internal/...", "daemon/...", "layer/...", "image/...", "export/...", "engine/...", "thin/...", "pdata/...", "dev/..."}},
+	{"internal/...", []string{"internal/...", "bench/...", "daemon/...", "layer/...", "image/...", "export/...", "engine/...", "thin/...", "pdata/...", "dev/..."}},
 	{"test/...", []string{"internal/...", "daemon/...", "lvm", "layer/...", "image/...", "export/...", "engine/...", "thin/...", "pdata/...", "dev/..."}},
 	{"packaging/...", nil},               // units and rules, with the tests that read them
 	{"demo/...", []string{"daemon/api"}}, // it uses the binary, as everybody does
