@@ -15,7 +15,7 @@ import (
 // runTime is how long the tests of this file let things run beside each other.
 func runTime(e Engine) time.Duration {
 	if e.Slow > 1 {
-		return 4 * time.Second
+		return 2 * time.Second
 	}
 	return time.Second
 }

@@ -33,10 +33,10 @@ func (p *Pool) discardOwn(ctx context.Context, id thin.DevID) error {
 		return nil
 	}
 	runs, err := p.ownRuns(ctx, id)
-	if errors.Is(err, thin.ErrNotFound) || len(runs) == 0 {
+	if errors.Is(err, thin.ErrNotFound) {
 		return nil // the delete says so
 	}
-	if err == nil {
+	if err == nil && len(runs) > 0 {
 		err = p.discardRuns(ctx, id, runs)
 	}
 	if ctx.Err() != nil {

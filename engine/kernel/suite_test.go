@@ -121,7 +121,7 @@ func (s *faultStore) Metadata(t testing.TB) dev.Device { return openDevice(t, s.
 
 // TestEngine runs the suite of all engines.
 func TestEngine(t *testing.T) {
-	enginetest.Run(t, enginetest.Engine{Name: "kernel", Slow: 5, New: func(t testing.TB, f enginetest.Format) enginetest.Store {
+	enginetest.Run(t, enginetest.Engine{Name: "kernel", Slow: 10, New: func(t testing.TB, f enginetest.Format) enginetest.Store {
 		dir := newDir(t, f.DataBytes, f.MetadataBytes, f.BlockSize)
 		if f.Faults {
 			return newFaultStore(t, dir, f.MetadataBytes)

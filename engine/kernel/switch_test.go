@@ -69,13 +69,13 @@ func TestSwitch(t *testing.T) {
 			}
 		}
 		existing := map[uint32]int64{}
-		for phase, who := range []string{"kernel", "user", "kernel", "user", "kernel"} {
+		for phase, who := range []string{"kernel", "user", "kernel", "user"} {
 			p, err := openers[who]()
 			if err != nil {
 				t.Fatalf("phase %d: %s opens the pool: %v", phase, who, err)
 			}
 			gen.NoDiscard = who == "kernel" && bs&(bs-1) != 0
-			ops := gen.Script(80)
+			ops := gen.Script(60)
 			r := crossing.NewRunner(crossing.EnginePool{Pool: p}, existing, make([]byte, 1<<20))
 			if err := errors.Join(r.Run(ops), r.Close(), p.Close()); err != nil {
 				t.Fatalf("phase %d, %s: %v", phase, who, err)

@@ -112,3 +112,28 @@ func TestImpossibleNames(t *testing.T) {
 		}
 	}
 }
+
+func TestParsePoolTable(t *testing.T) {
+	in := ThinPool{Metadata: "7:0", Data: "7:1", LengthSectors: 1 << 20, BlockSectors: 384, LowWaterMark: 32,
+		Features: []string{"skip_block_zeroing", "error_if_no_space"}}
+	got, err := ParsePoolTable(in.Target())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if d := cmp.Diff(in, got); d != "" {
+		t.Errorf("(-want +got)\n%s", d)
+	}
+	if !got.Has("error_if_no_space") || got.Has("read_only") {
+		t.Errorf("features %v", got.Features)
+	}
+	// As the kernel prints it: without features there is a 0.
+	if got, err = ParsePoolTable(Target{Type: "thin-pool", Length: 8, Params: "7:0 7:1 128 320 0 "}); err != nil || len(got.Features) != 0 {
+		t.Errorf("%+v, %v", got, err)
+	}
+	for _, bad := range []Target{{Type: "linear", Params: "7:0 0"}, {Type: "thin-pool", Params: "7:0 7:1 128"},
+		{Type: "thin-pool", Params: "7:0 7:1 x 0 0"}, {Type: "thin-pool", Params: "7:0 7:1 128 -1 0"}, {Type: "thin-pool"}} {
+		if got, err := ParsePoolTable(bad); err == nil {
+			t.Errorf("%+v was read as %+v", bad, got)
+		}
+	}
+}
