@@ -67,7 +67,7 @@ microbench:
 
 lint:
 	@out=$$(gofmt -l $$(git ls-files '*.go')); [ -z "$$out" ] || { echo "not formatted:"; echo "$$out"; exit 1; }
-	@$(GO) vet ./... && $(GO) vet -tags guest ./internal/dmioctl ./lvm
+	@$(GO) vet ./... && $(GO) vet -tags guest ./internal/dmioctl ./engine/kernel ./lvm
 	@$(GO) test -count=1 ./internal/lint
 	@for f in scripts/*.sh demo/*.sh .ci/run; do [ ! -f $$f ] || bash -n $$f || exit 1; done
 
