@@ -156,6 +156,27 @@ func unmount(dir string) error {
 	}
 }
 
+// released waits until no loop device is on a file any more. A file system that was unmounted here
+// lives on for a moment if somebody has made a copy of all mounts meanwhile, and its log is not
+// written yet.
+func released(img string) error {
+	for end := time.Now().Add(60 * time.Second); ; time.Sleep(2 * time.Millisecond) {
+		used := ""
+		files, _ := filepath.Glob("/sys/block/loop*/loop/backing_file")
+		for _, f := range files {
+			if b, err := os.ReadFile(f); err == nil && strings.TrimSpace(string(b)) == img {
+				used = f
+			}
+		}
+		if used == "" {
+			return nil
+		}
+		if time.Now().After(end) {
+			return fmt.Errorf("%s is still used: %s", img, used)
+		}
+	}
+}
+
 // check is one cut: the pool is clean and opens; the file system's journal is replayed by mounting
 // it, its files are as they must be, and then the file system's own check finds nothing. On some
 // cuts a snapshot that was taken while files were written is looked at instead.
@@ -200,7 +221,7 @@ func (r *fsRig) check(dir string, meta, data *dev.Mem, cut, nth int) error {
 		return err
 	}
 	err = r.files.check(mnt, at)
-	if uerr := unmount(mnt); uerr != nil {
+	if uerr := errors.Join(unmount(mnt), released(img)); uerr != nil {
 		return errors.Join(err, uerr)
 	}
 	if err != nil {
