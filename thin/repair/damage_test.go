@@ -51,7 +51,7 @@ func TestRandomDamage(t *testing.T) {
 	}
 	used := usedBlocks(t, p.mem)
 	failed, whole := 0, 0
-	for run := range *damageRuns {
+	for run := range max(1, *damageRuns/slow) {
 		mem := p.mem.Clone()
 		n := 1 + rng.Intn(4)
 		if rng.Intn(5) == 0 {
@@ -119,7 +119,7 @@ func TestRandomDamage(t *testing.T) {
 			}
 		}
 	}
-	t.Logf("%d pools, %d could not be repaired, of %d nothing was lost", *damageRuns, failed, whole)
+	t.Logf("%d pools, %d could not be repaired, of %d nothing was lost", max(1, *damageRuns/slow), failed, whole)
 }
 
 func reported(r *Report, id thin.DevID) (Device, bool) {
@@ -180,7 +180,7 @@ func TestFlippedFields(t *testing.T) {
 		}
 		for _, f := range fieldsOf(kind, b) {
 			for _, v := range values(b[f.off : f.off+f.size]) {
-				if rng.Intn(*flipEvery) != 0 {
+				if rng.Intn(*flipEvery*slow) != 0 {
 					continue
 				}
 				mem := p.mem.Clone()

@@ -65,5 +65,5 @@ func repairChanged(t *testing.T, in []byte) {
 func FuzzRepair(f *testing.F) { mutate.Fuzz(f, repairSeeds, repairChanged) }
 
 func TestRepairMutated(t *testing.T) {
-	mutate.Test(t, "FuzzRepair", repairSeeds, mutate.Options{Inputs: 600, MaxBytes: 100, AllocBase: 256 << 20}, repairChanged)
+	mutate.Test(t, "FuzzRepair", repairSeeds, mutate.Options{Inputs: 600 / slow, MaxBytes: 100, AllocBase: 256 << 20}, repairChanged)
 }
