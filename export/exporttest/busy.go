@@ -8,6 +8,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -53,14 +54,10 @@ func holder(t *testing.T, path string) (pid int, end func()) {
 	if _, err := out.Read(make([]byte, 16)); err != nil {
 		t.Fatal(err)
 	}
-	ended := false
-	end = func() {
-		if !ended {
-			ended = true
-			in.Close()
-			c.Wait()
-		}
-	}
+	end = sync.OnceFunc(func() {
+		in.Close()
+		c.Wait()
+	})
 	t.Cleanup(end)
 	return c.Process.Pid, end
 }

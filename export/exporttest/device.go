@@ -21,8 +21,19 @@ type disk struct {
 	zeroed   int64        // guarded by mu; bytes
 	unmapped int64        // guarded by mu; bytes
 
-	size   atomic.Int64                      // 0: that of Mem
-	before func(write bool, off int64) error // called before each request; may wait; may be nil
+	size   atomic.Int64 // 0: that of Mem
+	before atomic.Pointer[func(write bool, off int64) error]
+}
+
+// setBefore has f called before each request; it may wait. nil: nothing is.
+func (d *disk) setBefore(f func(write bool, off int64) error) { d.before.Store(&f) }
+
+// wait is what f says.
+func (d *disk) wait(write bool, off int64) error {
+	if f := d.before.Load(); f != nil && *f != nil {
+		return (*f)(write, off)
+	}
+	return nil
 }
 
 func newDisk(size int64) *disk { return &disk{Mem: dev.NewMem(size)} }
@@ -36,19 +47,15 @@ func (d *disk) note(off, n int64) {
 }
 
 func (d *disk) ReadAt(p []byte, off int64) (int, error) {
-	if d.before != nil {
-		if err := d.before(false, off); err != nil {
-			return 0, err
-		}
+	if err := d.wait(false, off); err != nil {
+		return 0, err
 	}
 	return d.Mem.ReadAt(p, off)
 }
 
 func (d *disk) WriteAt(p []byte, off int64) (int, error) {
-	if d.before != nil {
-		if err := d.before(true, off); err != nil {
-			return 0, err
-		}
+	if err := d.wait(true, off); err != nil {
+		return 0, err
 	}
 	n, err := d.Mem.WriteAt(p, off)
 	d.note(off, int64(n))
@@ -56,10 +63,8 @@ func (d *disk) WriteAt(p []byte, off int64) (int, error) {
 }
 
 func (d *disk) WriteZeroes(off, n int64, keep bool) error {
-	if d.before != nil {
-		if err := d.before(true, off); err != nil {
-			return err
-		}
+	if err := d.wait(true, off); err != nil {
+		return err
 	}
 	zeros := make([]byte, min(n, 1<<20))
 	for o := off; o < off+n; o += int64(len(zeros)) {

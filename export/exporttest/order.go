@@ -177,7 +177,7 @@ func testErrors(t *testing.T, d Driver) {
 	r := newRig(t, d)
 	m := newDisk(8 << 20)
 	const full, broken = 4 << 20, 6 << 20
-	m.before = func(write bool, off int64) error {
+	m.setBefore(func(write bool, off int64) error {
 		switch {
 		case off >= broken:
 			return errBroken
@@ -185,7 +185,7 @@ func testErrors(t *testing.T, d Driver) {
 			return dev.ErrNoSpace
 		}
 		return nil
-	}
+	})
 	a := r.attach("x", m, export.AttachOptions{})
 	f := openNode(t, a.Node(), os.O_RDWR|unix.O_DIRECT)
 	b := aligned(t, 64<<10)
@@ -208,7 +208,7 @@ func testErrors(t *testing.T, d Driver) {
 		}
 	}
 	f.Close()
-	m.before = nil
+	m.setBefore(nil)
 }
 
 // testWaiting: writes that wait for space, as many as can be, do not keep reads from being served,
@@ -218,13 +218,13 @@ func testWaiting(t *testing.T, d Driver) {
 	m := newDisk(16 << 20)
 	space := make(chan struct{})
 	var waiting atomic.Int64
-	m.before = func(write bool, _ int64) error {
+	m.setBefore(func(write bool, _ int64) error {
 		if write {
 			waiting.Add(1)
 			<-space
 		}
 		return nil
-	}
+	})
 	a := r.attach("x", m, export.AttachOptions{})
 	var wg sync.WaitGroup
 	const writers = 48

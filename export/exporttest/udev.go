@@ -141,12 +141,12 @@ func udevDisk(t *testing.T, uuid string) (*disk, *atomic.Int64) {
 	if _, err := m.WriteAt(b, 0); err != nil {
 		t.Fatal(err)
 	}
-	m.before = func(write bool, off int64) error {
+	m.setBefore(func(write bool, off int64) error {
 		if !write && off > 0 {
 			reads.Add(1)
 		}
 		return nil
-	}
+	})
 	return m, reads
 }
 
