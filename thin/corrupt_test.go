@@ -5,6 +5,7 @@ import (
 	"errors"
 	"flag"
 	"fmt"
+	"io"
 	"strings"
 	"testing"
 
@@ -170,6 +171,9 @@ func poke(t testing.TB, mem *dev.Mem) {
 		v.Ls()
 		v.Delta(0, 1, func(DeltaRange) error { return nil })
 		v.Changes(0, 1, func(DeltaRange) error { return nil })
+		v.WriteImage(io.Discard, 0)
+		v.WriteRmap(io.Discard, []DataRun{{0, 20}}, RmapOptions{})
+		v.EachMapping(func(DevID, Entry) bool { return true })
 	}
 	m, err := Open(mem, OpenOptions{CacheBytes: 1 << 20})
 	if err != nil {

@@ -2,6 +2,7 @@ package main
 
 import (
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"syscall"
@@ -138,4 +139,38 @@ func TestBackupFails(t *testing.T) {
 	if code := b.stop(syscall.SIGTERM); code != 0 {
 		t.Errorf("exit status %d", code)
 	}
+}
+
+// TestRepairWaits: a pool that is open, or for which changes of a killed daemon wait, is not repaired;
+// the changes can be given up. Nothing of it touches the pool.
+func TestRepairWaits(t *testing.T) {
+	b := newBox(t)
+	b.config = filepath.Join(b.dir, "c.toml")
+	b.write(b.config, "[pool]\nsize = \"256M\"\ncommit_interval = \"1h\"\n[containers]\nbase_size = \"64M\"\n")
+	b.start()
+	b.mica("image", "import", b.testImage())
+	b.mica("create", "test:1", "web")
+	dir := b.mica("mount", "web")
+	pool := b.root + "/pool"
+	for _, cmd := range [][]string{{"pool", "repair", pool}, {"pool", "repair", pool, "--swap"}} {
+		if msg := b.fails(cmd...); !strings.Contains(msg, "The pool is open") {
+			t.Errorf("%q while the daemon runs: %s", cmd, msg)
+		}
+	}
+	if msg := b.fails("pool", "repair"); !strings.Contains(msg, "then: mica pool repair "+pool) {
+		t.Errorf("without a pool: %s", msg)
+	}
+	// Written to the device and not synced: no commit holds it.
+	if out, err := exec.Command("dd", "if=/dev/zero", "of="+dir+"/file", "bs=1M", "count=8", "oflag=direct").CombinedOutput(); err != nil {
+		t.Fatalf("dd: %v\n%s", err, out)
+	}
+	b.stop(syscall.SIGKILL)
+	if msg := b.fails("pool", "repair", pool); !strings.Contains(msg, "changes wait in") || !strings.Contains(msg, "--without-journal") {
+		t.Errorf("after a kill: %s", msg)
+	}
+	if out := b.mica("pool", "repair", pool, "--without-journal"); !strings.Contains(out, "nothing is lost") {
+		t.Errorf("without the journal: %s", out)
+	}
+	b.start()
+	b.mica("umount", "web")
 }
