@@ -1,6 +1,8 @@
 package main
 
 import (
+	"encoding/binary"
+	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -10,6 +12,8 @@ import (
 	"time"
 
 	"mica/daemon/api"
+	"mica/dev"
+	"mica/thin"
 	"mica/thin/backup"
 )
 
@@ -173,4 +177,36 @@ func TestRepairWaits(t *testing.T) {
 	}
 	b.start()
 	b.mica("umount", "web")
+}
+
+// TestCheckWhileServing: damage under a running daemon is found, and the place of it said.
+func TestCheckWhileServing(t *testing.T) {
+	b := newBox(t)
+	b.start()
+	b.mica("image", "import", b.testImage())
+	if out := b.mica("pool", "check"); !strings.HasSuffix(out, "\nclean") {
+		t.Errorf("%s", out)
+	}
+	b.settle()
+	meta := b.root + "/pool/metadata"
+	d, err := dev.Open(meta, dev.OpenOptions{ReadOnly: true})
+	must(t, err)
+	v, err := thin.OpenView(d)
+	must(t, err)
+	leaf := make([]byte, 8)
+	_, err = d.ReadAt(leaf, int64(v.Superblock().MappingRoot)*4096+2048)
+	must(t, err)
+	must(t, d.Close())
+	at := int64(binary.LittleEndian.Uint64(leaf))
+	scribble(t, meta, at*4096+3000)
+	out, _, code := b.try("pool", "check")
+	if want := fmt.Sprintf("fatal: metadata block %d: mapping tree of thin ", at); code != 1 || !strings.Contains(out, want) || !strings.Contains(out, "b-tree node checksum 0x") {
+		t.Errorf("exit status %d, want %q\n%s", code, want, out)
+	}
+	if msg := b.fails("pool", "backup"); !strings.Contains(msg, fmt.Sprintf("metadata block %d: b-tree node checksum", at)) {
+		t.Errorf("backup of damaged metadata: %s", msg)
+	}
+	scribble(t, meta, at*4096+3000)
+	b.mica("pool", "check")
+	b.mica("pool", "backup")
 }

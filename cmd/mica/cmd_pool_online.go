@@ -58,14 +58,7 @@ func checkOnline(cmd *cobra.Command, asJSON bool) error {
 	if asJSON {
 		err = printJSON(cmd.OutOrStdout(), r)
 	} else {
-		for _, f := range r.Findings {
-			fmt.Fprintln(cmd.OutOrStdout(), f)
-		}
-		verdict := "clean"
-		if !r.Clean {
-			verdict = fmt.Sprintf("%d findings", len(r.Findings))
-		}
-		_, err = fmt.Fprintf(cmd.OutOrStdout(), "%d devices, %d mappings: %s\n", r.Devices, r.Mappings, verdict)
+		err = r.Report.WriteText(cmd.OutOrStdout())
 	}
 	if err == nil && !r.Clean {
 		err = &exitStatus{exitError}

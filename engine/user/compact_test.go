@@ -16,8 +16,8 @@ import (
 // TestModelCompacting runs the model on a pool whose time is compacted as often as can be.
 func TestModelCompacting(t *testing.T) {
 	seed := testSeed(t)
-	runModel(t, modelConfig{64 << 10, Options{CommitInterval: time.Millisecond, compactAt: 2}, 1, 24*64<<10 + 512}, 12000/slow, seed)
-	runModel(t, modelConfig{64 << 10, Options{CommitInterval: time.Hour, TableCacheBytes: 1, compactAt: 2}, 1, 1100 * 64 << 10}, 6000/slow, seed+1)
+	runModel(t, modelConfig{64 << 10, Options{CommitInterval: time.Millisecond, compactAt: 2}, 1, 24*64<<10 + 512}, 6000/slow, seed)
+	runModel(t, modelConfig{64 << 10, Options{CommitInterval: time.Hour, TableCacheBytes: 1, compactAt: 2}, 1, 1100 * 64 << 10}, 3000/slow, seed+1)
 }
 
 // TestSnapshotsHoldPrefixesCompacting: snapshots are of a moment also when each compacts the time.
