@@ -109,7 +109,7 @@ func TestFullHost(t *testing.T) {
 	if err := os.Mkdir(b.root, 0o700); err != nil {
 		t.Fatal(err)
 	}
-	if err := unix.Mount("tmpfs", b.root, "tmpfs", 0, "size=64m"); err != nil {
+	if err := unix.Mount("tmpfs", b.root, "tmpfs", 0, "size=64m,mode=700"); err != nil {
 		t.Skipf("SKIPPED: cannot mount a tmpfs: %v", err)
 	}
 	b.start()
