@@ -31,10 +31,10 @@ func TestLooksAreRepeated(t *testing.T) {
 	for id := thin.DevID(1); id <= 20; id++ {
 		must(p.CreateThin(ctx, id))
 	}
-	churn := func() {
+	churn := func() { // by messages: Delete looks at the metadata itself
 		for range 30 {
-			must(p.CreateThin(ctx, 100))
-			must(p.Delete(ctx, 100))
+			must(p.dm.CreateThin(p.name, 100))
+			must(p.dm.DeleteThin(p.name, 100))
 		}
 	}
 	looks := 0
