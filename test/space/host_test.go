@@ -202,7 +202,9 @@ func hostFull(t *testing.T, h host) {
 		must(t, p.CreateThin(ctx, id))
 		hd, err := p.Open(ctx, id, engine.OpenOptions{SizeBytes: blocks * blockSize})
 		must(t, err)
-		ds = append(ds, &device{h: hd, stamps: map[int64]uint64{}})
+		d := &device{h: hd, stamps: map[int64]uint64{}}
+		ds = append(ds, d)
+		must(t, write(d, 0, uint64(id))) // each has a block of its own, however quick the others are
 	}
 	var wg sync.WaitGroup
 	errs := make(chan error, devices)
