@@ -9,11 +9,9 @@ import (
 	"mica/internal/dmioctl"
 )
 
-// eventBuffer is how many events a subscriber may be behind before it misses some.
-const eventBuffer = 64
-
-// events hands events to subscribers and remembers what the pool was like at the last one.
+// events are those of a pool, and what it was like at the last one.
 type events struct {
+	engine.Events
 	poller *dmioctl.Poller
 	// lossy counts the times at which the pool was seen in a state in which writes fail.
 	lossy atomic.Int64
@@ -21,11 +19,9 @@ type events struct {
 	before bool
 
 	mu   sync.Mutex
-	subs map[chan engine.Event]struct{} // guarded by mu
-	done bool                           // guarded by mu
-	last dmioctl.PoolStatus             // that was not Fail; guarded by mu
-	mode string                         // guarded by mu
-	low  bool                           // the low water event has been sent; guarded by mu
+	last dmioctl.PoolStatus // that was not Fail; guarded by mu
+	mode string             // guarded by mu
+	low  bool               // the low water event has been sent; guarded by mu
 }
 
 func (e *events) lastGood() dmioctl.PoolStatus {
@@ -101,64 +97,24 @@ func (p *Pool) lookForEvents() {
 	switch {
 	case was == mode || was == "" && mode == "rw":
 	case mode == "out_of_data_space":
-		e.sendLocked(engine.EventNoSpace, fmt.Sprintf("no free data block of %d", st.DataSize))
+		e.Send(engine.EventNoSpace, fmt.Sprintf("no free data block of %d", st.DataSize))
 	case mode == "rw" && was == "out_of_data_space":
-		e.sendLocked(engine.EventSpaceAgain, fmt.Sprintf("%d data blocks free", free))
+		e.Send(engine.EventSpaceAgain, fmt.Sprintf("%d data blocks free", free))
 	default:
 		detail := mode
 		if st.NeedsCheck {
 			detail += ": needs_check"
 		}
-		e.sendLocked(engine.EventMode, detail)
+		e.Send(engine.EventMode, detail)
 	}
 	if mark := p.opts.LowWaterMark; mark > 0 && !st.Failed {
 		low := free <= mark
 		if low && !e.low {
-			e.sendLocked(engine.EventLowWater, fmt.Sprintf("%d of %d data blocks free", free, st.DataSize))
+			e.Send(engine.EventLowWater, fmt.Sprintf("%d of %d data blocks free", free, st.DataSize))
 		}
 		e.low = low
 	}
 }
 
-// sendLocked never waits: who does not read loses events.
-func (e *events) sendLocked(kind engine.EventKind, detail string) {
-	for ch := range e.subs {
-		select {
-		case ch <- engine.Event{Kind: kind, Detail: detail}:
-		default:
-		}
-	}
-}
-
-func (e *events) close() {
-	e.mu.Lock()
-	defer e.mu.Unlock()
-	for ch := range e.subs {
-		close(ch)
-	}
-	e.subs, e.done = nil, true
-}
-
 // Events returns a channel of events from now on. It is closed by cancel or with the pool.
-func (p *Pool) Events() (<-chan engine.Event, func()) {
-	e := &p.events
-	ch := make(chan engine.Event, eventBuffer)
-	e.mu.Lock()
-	defer e.mu.Unlock()
-	if e.done {
-		close(ch)
-		return ch, func() {}
-	}
-	if e.subs == nil {
-		e.subs = map[chan engine.Event]struct{}{}
-	}
-	e.subs[ch] = struct{}{}
-	return ch, func() {
-		e.mu.Lock()
-		defer e.mu.Unlock()
-		if _, ok := e.subs[ch]; ok {
-			delete(e.subs, ch)
-			close(ch)
-		}
-	}
-}
+func (p *Pool) Events() (<-chan engine.Event, func()) { return p.events.Subscribe() }

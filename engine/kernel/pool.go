@@ -168,7 +168,7 @@ func (p *Pool) Close() error {
 		errs = append(errs, p.deactivate(context.Background()))
 	}
 	errs = append(errs, p.data.close(), p.meta.close(), p.dm.Close())
-	p.events.close()
+	p.events.Close()
 	return errors.Join(errs...)
 }
 

@@ -209,7 +209,7 @@ func (p *Pool) fail(cause error) error {
 		}
 		p.log.Error("pool failed", "err", cause)
 		p.space.wakeAll()
-		p.events.send(engine.Event{Kind: engine.EventMode, Detail: "ro: " + cause.Error()})
+		p.events.Send(engine.EventMode, "ro: "+cause.Error())
 		// In a goroutine: it waits for the commit under way, which may be the caller's.
 		p.loops.Add(1)
 		go func() {
@@ -217,7 +217,7 @@ func (p *Pool) fail(cause error) error {
 			if err := p.meta.SetNeedsCheck(); err != nil {
 				p.log.Error("could not mark the pool needs_check", "err", err)
 				p.unmarked.Store(true)
-				p.events.send(engine.Event{Kind: engine.EventMode, Detail: "Fail: needs_check could not be written: " + err.Error()})
+				p.events.Send(engine.EventMode, "Fail: needs_check could not be written: "+err.Error())
 			}
 		}()
 		p.commits.mu.Lock()

@@ -111,7 +111,7 @@ type Pool struct {
 	commits     commits
 	release     release
 	space       space
-	events      events
+	events      engine.Events
 	cache       leafCache
 	zeroMaps    zeroMaps
 	copies      chan []byte  // buffers for preparing blocks; their number is the limit
@@ -300,6 +300,10 @@ func (p *Pool) mode() engine.Mode {
 	return engine.ModeWrite
 }
 
+// Events returns a channel of events from now on, after those of the open itself for the first who
+// asks. It is closed by cancel or with the pool.
+func (p *Pool) Events() (<-chan engine.Event, func()) { return p.events.Subscribe() }
+
 // Close commits and closes the pool and its devices. ErrInUse while thin devices are open or
 // being deleted. A failed pool closes too, with the reason of its failure.
 func (p *Pool) Close() error {
@@ -328,7 +332,7 @@ func (p *Pool) Close() error {
 		err = errors.Join(err, p.forget())
 	}
 	err = errors.Join(err, p.closeJournal(err == nil), p.meta.Close(), p.data.Close())
-	p.events.close()
+	p.events.Close()
 	if p.onDone != nil {
 		p.onDone()
 	}

@@ -88,7 +88,7 @@ func (p *Pool) spaceFreed() {
 	s.wakeAllLocked()
 	s.mu.Unlock()
 	if again {
-		p.events.send(engine.Event{Kind: engine.EventSpaceAgain, Detail: fmt.Sprintf("%d data blocks free", free)})
+		p.events.Send(engine.EventSpaceAgain, fmt.Sprintf("%d data blocks free", free))
 	}
 }
 
@@ -104,7 +104,7 @@ func (p *Pool) hostSpaceAgain() {
 	}
 	s.mu.Unlock()
 	if again {
-		p.events.send(engine.Event{Kind: engine.EventSpaceAgain, Detail: "the host has space again"})
+		p.events.Send(engine.EventSpaceAgain, "the host has space again")
 	}
 }
 
@@ -123,7 +123,7 @@ func (p *Pool) checkLowWater() {
 	s.low = true
 	s.mu.Unlock()
 	if first {
-		p.events.send(engine.Event{Kind: engine.EventLowWater, Detail: fmt.Sprintf("%d of %d data blocks free", free, p.meta.DataBlocks())})
+		p.events.Send(engine.EventLowWater, fmt.Sprintf("%d of %d data blocks free", free, p.meta.DataBlocks()))
 	}
 }
 
@@ -169,7 +169,7 @@ func (p *Pool) waitMeta() error {
 // noMetaSpace is called when something was refused for want of metadata blocks.
 func (p *Pool) noMetaSpace(err error) {
 	if !p.noMeta.Swap(true) {
-		p.events.send(engine.Event{Kind: engine.EventMode, Detail: "ro: " + err.Error()})
+		p.events.Send(engine.EventMode, "ro: "+err.Error())
 	}
 }
 
@@ -236,7 +236,7 @@ func (p *Pool) waitData(t *Thin, host error, seq uint64, noWait bool) error {
 		if host != nil {
 			detail = host.Error()
 		}
-		p.events.send(engine.Event{Kind: engine.EventNoSpace, Detail: detail})
+		p.events.Send(engine.EventNoSpace, detail)
 	}
 	refuse := ""
 	switch {
@@ -355,7 +355,7 @@ func (p *Pool) admit(n int, reserve bool) error {
 // metaFreed is called after a commit: it may have freed metadata blocks.
 func (p *Pool) metaFreed() {
 	if p.noMeta.Load() && p.meta.CanAdmit(int(p.pending.Load())+1, false) && p.noMeta.Swap(false) {
-		p.events.send(engine.Event{Kind: engine.EventMode, Detail: "rw"})
+		p.events.Send(engine.EventMode, "rw")
 	}
 }
 

@@ -77,7 +77,7 @@ func (p *Pool) takeOver(l *journal.Left) error {
 	if why != "" {
 		p.taken.problem = fmt.Sprintf("journal %s was left behind: %s", l.Path(), why)
 		p.log.Error("a journal cannot be taken over", "path", l.Path(), "why", why)
-		p.events.first = append(p.events.first, engine.Event{Kind: engine.EventJournal, Detail: p.taken.problem})
+		p.events.Keep(engine.EventJournal, p.taken.problem)
 	}
 	p.taken.entries += uint64(len(entries))
 	if p.readOnly {
@@ -104,7 +104,7 @@ func (p *Pool) takeOver(l *journal.Left) error {
 			detail += fmt.Sprintf(", %d refused: %s", r.refused, r.why)
 		}
 		p.log.Info("journal taken over", "path", l.Path(), "set", r.set, "removed", r.removed, "known", r.known, "no_device", r.noDevice)
-		p.events.first = append(p.events.first, engine.Event{Kind: engine.EventJournal, Detail: detail})
+		p.events.Keep(engine.EventJournal, detail)
 	}
 	p.at("taken")
 	return l.Remove()
