@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -329,32 +330,49 @@ func TestCommitTriggers(t *testing.T) {
 	})
 }
 
+// TestSnapshotCostIsFlat: however much is mapped and however many snapshots there are.
 func TestSnapshotCostIsFlat(t *testing.T) {
-	tp := newPool(t, poolSize{dataBlocks: 4096}, still)
+	tp := newPool(t, poolSize{dataBlocks: 8192}, still)
+	var written atomic.Int64
+	tp.meta.Add(dev.Rule{Ops: dev.OpWrite, Pass: true, Before: func(_ dev.Op, _, n int64) { written.Add(n / 4096) }})
+	snap := func(id, origin thin.DevID) string {
+		t.Helper()
+		before := written.Load()
+		d, m := tp.counting(func() { tp.snap(id, origin) })
+		blocks := written.Load() - before
+		if d != (dev.OpCounts{}) || m.Reads != 0 || m.Flushes != 2 || blocks > 12 {
+			t.Errorf("a snapshot cost %+v on data, %+v on metadata and %d of its blocks; want nothing, no read, 2 flushes, 12 at most", d, m, blocks)
+		}
+		return fmt.Sprintf("%d metadata blocks", blocks)
+	}
 	var costs []string
-	for i, blocks := range []int64{1, 500, 3000} {
-		id := thin.DevID(100 * (i + 1))
+	for i, blocks := range []int64{1, 500, 7000} {
+		id := thin.DevID(10000 * (i + 1))
 		tp.create(id)
-		h := tp.thin(id, 4096*64<<10)
+		h := tp.thin(id, 8192*64<<10)
 		for b := range blocks {
 			write(t, h, fill(1, 512), b*64<<10)
 		}
 		must(t, tp.p.Commit(ctx))
-		tp.snap(id+1, id) // the first one shadows nothing of the tree
-		d, m := tp.counting(func() { tp.snap(id+2, id) })
-		costs = append(costs, fmt.Sprintf("%+v %+v", d, m.Flushes))
-		if m.Writes > 12 || d.Writes+d.Reads != 0 {
-			t.Errorf("snapshot of %d blocks cost %+v on data, %+v on metadata", blocks, d, m)
+		costs = append(costs, snap(id+1, id))
+		if blocks > 500 { // and many snapshots, until the tree of devices is deeper
+			for k := range thin.DevID(500) {
+				last := snap(id+2+k, id)
+				if k == 499 {
+					t.Logf("the 500th snapshot: %s, the first ones %q", last, costs)
+				}
+			}
 		}
 		h.Close()
-		must(t, tp.p.Delete(ctx, id))
-		must(t, tp.p.Delete(ctx, id+1))
-		must(t, tp.p.Delete(ctx, id+2))
+		if blocks <= 500 {
+			must(t, tp.p.Delete(ctx, id))
+			must(t, tp.p.Delete(ctx, id+1))
+		}
 		must(t, tp.p.Commit(ctx))
 	}
 	for _, c := range costs[1:] {
 		if c != costs[0] {
-			t.Errorf("snapshots cost %v", costs)
+			t.Errorf("first snapshots of 1, 500 and 7,000 blocks cost %q", costs)
 		}
 	}
 }
