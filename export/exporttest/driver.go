@@ -123,7 +123,7 @@ func Run(t *testing.T, d Driver) {
 	}{
 		{"sizes", testSizes}, {"refused", testRefused}, {"alignment", testAlignment}, {"resize", testResize},
 		{"read-only", testReadOnly}, {"zeroes", testZeroes}, {"flush", testFlush}, {"forced writes", testForced},
-		{"concurrent", testConcurrent}, {"inline", testInline}, {"errors", testErrors}, {"waiting writes", testWaiting},
+		{"no garbage", testNoGarbage}, {"concurrent", testConcurrent}, {"inline", testInline}, {"errors", testErrors}, {"waiting writes", testWaiting},
 		{"busy", testBusy}, {"mounted", testMounted}, {"detach goes on", testDetachGoesOn}, {"links", testLinks},
 		{"reused minor", testReuse}, {"taken away", testTakenAway}, {"restart", testRestart}, {"kill", testKill},
 		{"killed while idle", testKillIdle}, {"drop", testDrop}, {"churn", testChurn},
