@@ -33,6 +33,11 @@ func (d *slowDevice) Flush() error {
 	return nil
 }
 
+func (d *slowDevice) ReadAt(p []byte, off int64) (int, error) {
+	<-d.let
+	return d.Mem.ReadAt(p, off)
+}
+
 func (d *slowDevice) WriteZeroes(off, n int64, keep bool) error {
 	<-d.let
 	return nil
@@ -141,6 +146,55 @@ func TestHalfMayWait(t *testing.T) {
 	if w.refuse {
 		t.Error("a write may not wait though nothing else does")
 	}
+}
+
+// TestHeldIsBounded: requests that wait for the device hold no more than so many bytes in buffers, and
+// none while they are queued.
+func TestHeldIsBounded(t *testing.T) {
+	d := &slowDevice{Mem: dev.NewMem(64 << 20), let: make(chan struct{})}
+	s := newIdleServer(t, d, 64)
+	q := s.queues[0]
+	for i := range q.tasks {
+		q.tasks[i].ioDesc = ioDesc{op: opRead, n: maxIO}
+		s.w.submit(&q.tasks[i])
+	}
+	out := func() int {
+		s.bufs.mu.Lock()
+		defer s.bufs.mu.Unlock()
+		return s.bufs.out
+	}
+	waitFor(t, "reads do not begin", func() bool { return out() >= maxHeld/maxIO })
+	time.Sleep(10 * time.Millisecond) // for those that should not
+	if n := out(); n > maxHeld/maxIO {
+		t.Errorf("64 reads of 1 MiB hold %d buffers, want %d at most", n, maxHeld/maxIO)
+	}
+	close(d.let)
+	s.w.wait()
+	if len(q.done) != 64 || out() != 0 {
+		t.Errorf("%d outcomes, %d buffers are out", len(q.done), out())
+	}
+}
+
+// TestIdleHoldsNoBuffers: the sweeper takes the buffers of a device that has nothing to do.
+func TestIdleHoldsNoBuffers(t *testing.T) {
+	s := newIdleServer(t, dev.NewMem(1<<20), 8)
+	e := &Exporter{o: Options{IdleAfter: 5 * time.Millisecond}, stop: make(chan struct{})}
+	if err := e.names.Claim("x"); err != nil {
+		t.Fatal(err)
+	}
+	e.names.Settle("x", &attachment{s: s})
+	e.wg.Go(e.sweepLoop)
+	defer func() { close(e.stop); e.wg.Wait() }()
+	one, err := s.bufs.get(4096)
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.bufs.put(one)
+	waitFor(t, "an idle device keeps its buffers", func() bool {
+		s.bufs.mu.Lock()
+		defer s.bufs.mu.Unlock()
+		return len(s.bufs.free[0]) == 0
+	})
 }
 
 func TestPace(t *testing.T) {
