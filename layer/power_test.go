@@ -14,6 +14,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -105,36 +106,36 @@ func (p *storePower) options(root, file string, pool engine.Pool) Options {
 	return Options{Root: root, Run: filepath.Join(root, "run"), Catalog: file, Pool: pool, Exporter: p.e, BaseSize: 64 << 20, Logger: quietLogger()}
 }
 
-// record runs workers on a store, with everything recorded that pool and catalog write.
-func (p *storePower) record(seed uint64, operations int) {
-	t := p.t
-	ctx := tctx(t)
-	clock, mnt, err := recordfs.Create(p.dir)
+// recordedFiles mounts a file system that records what is written to it, served by a process of its
+// own. end ends it, after which recordfs.Load has the records; the end of the test does, too.
+func recordedFiles(t testing.TB, dir string) (clock *atomic.Int64, mnt string, end func() error) {
+	t.Helper()
+	clock, mnt, err := recordfs.Create(dir)
 	ok(t, err)
-	server := exec.Command("/proc/self/exe", "role-recordfs", p.dir)
+	server := exec.Command("/proc/self/exe", "role-recordfs", dir)
 	server.Stderr = os.Stderr
-	in := must[interface {
-		Close() error
-		Write([]byte) (int, error)
-	}](t)(server.StdinPipe())
+	in, err := server.StdinPipe()
+	ok(t, err)
 	out, err := server.StdoutPipe()
 	ok(t, err)
 	ok(t, server.Start())
 	if line, err := bufio.NewReader(out).ReadString('\n'); err != nil {
 		server.Wait()
-		t.Fatalf("SKIPPED is not for this: FUSE is there, but recordfs did not mount: %q, %v", line, err)
+		t.Fatalf("FUSE is there, but recordfs did not mount: %q, %v", line, err)
 	}
-	ended := false
-	end := func() error {
-		ended = true
+	end = sync.OnceValue(func() error {
 		in.Close()
 		return server.Wait()
-	}
-	defer func() {
-		if !ended {
-			end()
-		}
-	}()
+	})
+	t.Cleanup(func() { end() })
+	return clock, mnt, end
+}
+
+// record runs workers on a store, with everything recorded that pool and catalog write.
+func (p *storePower) record(seed uint64, operations int) {
+	t := p.t
+	ctx := tctx(t)
+	clock, mnt, end := recordedFiles(t, p.dir)
 
 	const block, blocks = 64 << 10, 2000
 	meta, data := dev.NewMem(1024*4096), dev.NewMem(blocks*block)
