@@ -145,6 +145,7 @@ func BenchmarkAgainstTools(b *testing.B) {
 // BenchmarkOpen is what a start of the engine costs.
 func BenchmarkOpen(b *testing.B) {
 	d := openBench(b, bigPool(b, 1000000))
+	b.ReportAllocs()
 	for b.Loop() {
 		if _, err := Open(d, OpenOptions{ReadOnly: true}); err != nil {
 			b.Fatal(err)
@@ -161,6 +162,7 @@ func BenchmarkInsert(b *testing.B) {
 			p.must(p.m.CreateThin(1))
 			var es []Entry
 			vb, done := VBlock(0), 0
+			b.ReportAllocs()
 			for b.Loop() {
 				r, _ := p.m.AllocData(DataBlock(done), 1)
 				if done++; order == "random" {

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"path/filepath"
+	"runtime"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -63,9 +64,16 @@ func benchDevices(b *testing.B, do func(b *testing.B, d dev.Device)) {
 	})
 }
 
-func benchIO(b *testing.B, n int64, sequential bool, io func(d dev.Device, p []byte, off int64) error) {
+// benchIO keeps depth requests of n bytes under way, or more where there are more processors.
+func benchIO(b *testing.B, n int64, depth int, sequential bool, io func(d dev.Device, p []byte, off int64) error) {
 	benchDevices(b, func(b *testing.B, d dev.Device) {
 		var next atomic.Int64
+		procs := runtime.GOMAXPROCS(0)
+		if depth < procs {
+			defer runtime.GOMAXPROCS(runtime.GOMAXPROCS(depth))
+			procs = depth
+		}
+		b.SetParallelism(depth / procs)
 		b.SetBytes(n)
 		b.ReportAllocs()
 		b.ResetTimer()
@@ -87,15 +95,16 @@ func benchIO(b *testing.B, n int64, sequential bool, io func(d dev.Device, p []b
 }
 
 var benchSizes = []struct {
-	name string
-	n    int64
-	seq  bool
-}{{"bs=4KiB", 4 << 10, false}, {"bs=64KiB", 64 << 10, false}, {"bs=1MiB", 1 << 20, true}}
+	name  string
+	n     int64
+	depth int
+	seq   bool
+}{{"bs=4KiB/qd=1", 4 << 10, 1, false}, {"bs=4KiB/qd=16", 4 << 10, 16, false}, {"bs=64KiB/qd=4", 64 << 10, 4, false}, {"bs=1MiB/qd=4", 1 << 20, 4, true}}
 
 func BenchmarkThinRead(b *testing.B) {
 	for _, c := range benchSizes {
 		b.Run(c.name, func(b *testing.B) {
-			benchIO(b, c.n, c.seq, func(d dev.Device, p []byte, off int64) error {
+			benchIO(b, c.n, c.depth, c.seq, func(d dev.Device, p []byte, off int64) error {
 				_, err := d.ReadAt(p, off)
 				return err
 			})
@@ -106,7 +115,7 @@ func BenchmarkThinRead(b *testing.B) {
 func BenchmarkThinWrite(b *testing.B) {
 	for _, c := range benchSizes {
 		b.Run(c.name, func(b *testing.B) {
-			benchIO(b, c.n, c.seq, func(d dev.Device, p []byte, off int64) error {
+			benchIO(b, c.n, c.depth, c.seq, func(d dev.Device, p []byte, off int64) error {
 				_, err := d.WriteAt(p, off)
 				return err
 			})
@@ -154,11 +163,13 @@ func BenchmarkThinLookup(b *testing.B) {
 	defer func() { tp.p.data.Device = tp.p.data.Device.(nothing).Device }()
 	buf := make([]byte, 512)
 	b.Run("op=read", func(b *testing.B) {
+		b.ReportAllocs()
 		for i := int64(0); b.Loop(); i += 77 * 4096 {
 			h.TryReadAt(buf, i%(63<<20))
 		}
 	})
 	b.Run("op=write", func(b *testing.B) {
+		b.ReportAllocs()
 		for i := int64(0); b.Loop(); i += 77 * 4096 {
 			h.TryWriteAt(buf, i%(63<<20))
 		}
@@ -184,6 +195,7 @@ func BenchmarkThinAllocate(b *testing.B) {
 			buf := fill(1, c.n)
 			step := max(c.n, 64<<10)
 			b.SetBytes(c.n)
+			b.ReportAllocs()
 			off := int64(0)
 			for b.Loop() {
 				write(b, h, buf, off)
@@ -199,30 +211,35 @@ func BenchmarkThinAllocate(b *testing.B) {
 	}
 }
 
-// BenchmarkThinBreakSharing writes 4 KiB into each block of a fresh snapshot.
+// BenchmarkThinBreakSharing writes into each block of a fresh snapshot: a part, or all of it.
 func BenchmarkThinBreakSharing(b *testing.B) {
-	p := benchPool(b, 4*benchBytes)
-	must(b, p.CreateThin(ctx, 1))
-	h := benchThin(b, p, 1, benchBytes)
-	fillDevice(b, h)
-	buf := fill(2, 4096)
-	blocks := int64(benchBytes >> 16)
-	i, id := blocks, thin.DevID(1)
-	b.SetBytes(4096)
-	for b.Loop() {
-		if i == blocks {
-			b.StopTimer()
-			if id > 1 {
-				must(b, p.Delete(ctx, id))
+	for _, n := range []int64{4 << 10, 64 << 10} {
+		b.Run(fmt.Sprintf("bs=%dKiB", n>>10), func(b *testing.B) {
+			p := benchPool(b, 4*benchBytes)
+			must(b, p.CreateThin(ctx, 1))
+			h := benchThin(b, p, 1, benchBytes)
+			fillDevice(b, h)
+			buf := fill(2, n)
+			blocks := int64(benchBytes >> 16)
+			i, id := blocks, thin.DevID(1)
+			b.SetBytes(n)
+			b.ReportAllocs()
+			for b.Loop() {
+				if i == blocks {
+					b.StopTimer()
+					if id > 1 {
+						must(b, p.Delete(ctx, id))
+					}
+					id++
+					must(b, p.CreateSnap(ctx, id, 1))
+					must(b, p.Commit(ctx))
+					i = 0
+					b.StartTimer()
+				}
+				write(b, h, buf, i*37%blocks<<16)
+				i++
 			}
-			id++
-			must(b, p.CreateSnap(ctx, id, 1))
-			must(b, p.Commit(ctx))
-			i = 0
-			b.StartTimer()
-		}
-		write(b, h, buf, i*37%blocks<<16)
-		i++
+		})
 	}
 }
 
@@ -237,9 +254,10 @@ func BenchmarkSnapshot(b *testing.B) {
 				write(b, h, fill(1, 512), i<<16)
 			}
 			must(b, tp.p.Commit(ctx))
-			id := thin.DevID(2)
+			id, buf := thin.DevID(2), fill(2, 512)
+			b.ReportAllocs()
 			for b.Loop() {
-				write(b, h, fill(2, 512), 0)
+				write(b, h, buf, 0)
 				must(b, tp.p.CreateSnap(ctx, id, 1))
 				id++
 				if id%10000 == 0 {
@@ -254,22 +272,71 @@ func BenchmarkSnapshot(b *testing.B) {
 	}
 }
 
-// BenchmarkFlush is write and flush of new blocks, by several goroutines on their own devices.
+// BenchmarkFlush is write and flush by several goroutines on their own devices: of new blocks, which
+// takes a commit, and of mapped ones, which takes a sync.
 func BenchmarkFlush(b *testing.B) {
-	p := benchPool(b, 4*benchBytes)
-	var next atomic.Int64
-	b.RunParallel(func(pb *testing.PB) {
-		id := thin.DevID(next.Add(1))
-		must(b, p.CreateThin(ctx, id))
-		h := benchThin(b, p, id, 1<<40)
-		buf := fill(1, 8192)
-		for off := int64(0); pb.Next(); off += 64 << 10 {
-			if off >= 64<<20 {
-				must(b, h.Discard(0, off))
-				off = 0
+	for _, mapped := range []bool{false, true} {
+		b.Run(fmt.Sprintf("mapped=%v", mapped), func(b *testing.B) {
+			p := benchPool(b, 4*benchBytes)
+			var next atomic.Int64
+			var hs []engine.Thin
+			for i := range runtime.GOMAXPROCS(0) {
+				id := thin.DevID(i)
+				must(b, p.CreateThin(ctx, id))
+				hs = append(hs, benchThin(b, p, id, 1<<40))
+				write(b, hs[i], fill(1, 8192), 0)
+				must(b, hs[i].Flush())
 			}
-			write(b, h, buf, off)
-			must(b, h.Flush())
-		}
-	})
+			b.SetBytes(8192)
+			b.ReportAllocs()
+			b.ResetTimer()
+			b.RunParallel(func(pb *testing.PB) {
+				h, buf := hs[next.Add(1)-1], fill(1, 8192)
+				for off := int64(0); pb.Next(); off += 64 << 10 {
+					if mapped || off >= 64<<20 {
+						if !mapped {
+							must(b, h.Discard(0, off))
+						}
+						off = 0
+					}
+					write(b, h, buf, off)
+					must(b, h.Flush())
+				}
+			})
+		})
+	}
+}
+
+// BenchmarkCommit makes new mappings durable, which are all over a large device or lie together, on
+// memory: what a commit costs the processor.
+func BenchmarkCommit(b *testing.B) {
+	for _, c := range []struct {
+		name     string
+		mappings int64
+		step     int64
+	}{{"mappings=1", 1, 1}, {"mappings=1000", 1000, 1}, {"mappings=1000/spread", 1000, 1009}} {
+		b.Run(c.name, func(b *testing.B) {
+			tp := newPool(b, poolSize{dataBlocks: 1 << 20, metaBlocks: 16384}, still)
+			tp.create(1)
+			const blocks = 1 << 20
+			h, buf := tp.thin(1, blocks*block), fill(1, 512)
+			at, n := int64(0), int64(0)
+			b.ReportAllocs()
+			for b.Loop() {
+				b.StopTimer()
+				if n+c.mappings > blocks/4 {
+					must(b, h.Discard(0, blocks*block))
+					must(b, tp.p.Commit(ctx))
+					n = 0
+				}
+				for range c.mappings {
+					write(b, h, buf, at*block)
+					at, n = (at+c.step)%blocks, n+1
+				}
+				b.StartTimer()
+				must(b, tp.p.Commit(ctx))
+			}
+			b.ReportMetric(float64(b.Elapsed().Nanoseconds())/float64(b.N)/float64(c.mappings), "ns/mapping")
+		})
+	}
 }

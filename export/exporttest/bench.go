@@ -58,6 +58,7 @@ func Bench(b *testing.B, d Driver) {
 			}
 			defer f.Close()
 			b.SetBytes(int64(c.bs))
+			b.ReportAllocs()
 			var wg sync.WaitGroup
 			left := make(chan struct{}, b.N)
 			for range b.N {

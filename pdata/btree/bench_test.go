@@ -36,6 +36,7 @@ func BenchmarkMillion(b *testing.B) {
 	}
 	rng := rand.New(rand.NewSource(1))
 	b.Run("op=build-sorted", func(b *testing.B) {
+		b.ReportAllocs()
 		for b.Loop() {
 			build()
 		}
@@ -51,6 +52,7 @@ func BenchmarkMillion(b *testing.B) {
 		}
 	})
 	b.Run("op=walk", func(b *testing.B) {
+		b.ReportAllocs()
 		for b.Loop() {
 			if err := t.Walk(root, 0, func(uint64, []byte) bool { return true }); err != nil {
 				b.Fatal(err)
@@ -59,6 +61,7 @@ func BenchmarkMillion(b *testing.B) {
 		b.ReportMetric(float64(b.Elapsed().Nanoseconds())/float64(b.N)/n, "ns/entry")
 	})
 	b.Run("op=insert-random", func(b *testing.B) {
+		b.ReportAllocs()
 		var v [8]byte
 		var err error
 		for b.Loop() {
@@ -68,6 +71,7 @@ func BenchmarkMillion(b *testing.B) {
 		}
 	})
 	b.Run("op=remove-random", func(b *testing.B) {
+		b.ReportAllocs()
 		var err error
 		for b.Loop() {
 			if root, _, err = t.Remove(root, uint64(rng.Intn(3*n))); err != nil {
