@@ -48,39 +48,20 @@ func (r *runner) blockDevices(dir string, filled bool) []device {
 }
 
 func runBlock(ctx context.Context, r *runner) error {
-	devices := r.blockDevices(r.dir, true)
-	if err := r.makeAll(ctx, devices); err != nil {
-		return err
-	}
-	clients, stop, err := r.start(ctx, devices)
-	if err != nil {
-		return err
-	}
-	var columns []string
-	for _, d := range devices {
-		columns = append(columns, d.name)
-	}
-	t := r.table("block", "Mapped blocks", columns...)
-	err = r.loads(ctx, t, clients,
-		r.random("4 KiB random read, depth 1", "randread", 1, 1),
-		r.random("4 KiB random read, depth 16", "randread", 16, 1),
-		r.random("4 KiB random write, depth 1", "randwrite", 1, 1),
-		r.random("4 KiB random write, depth 16", "randwrite", 16, 1),
-		r.sequential("1 MiB read", "read", 1),
-		r.sequential("1 MiB write, mapped", "write", 1))
+	s, err := r.mapped(ctx, r.blockDevices(r.dir, true), "block", "Mapped blocks")
 	if err != nil {
 		return err
 	}
 	for _, row := range []string{"4 KiB random read, depth 16", "4 KiB random write, depth 16"} {
-		t.Targets = append(t.Targets,
+		s.t.Targets = append(s.t.Targets,
 			Target{Row: row, Own: colThin, Peer: colQSDQcow2, Want: 2},
 			Target{Row: row, Own: colThin, Peer: colPlain, Want: 0.9},
 			Target{Row: row, Own: colPlain, Peer: colLoop, Want: 0.4})
 	}
-	if err := r.besideFsync(ctx, clients, columns); err != nil {
+	if err := r.besideFsync(ctx, s.clients, s.columns); err != nil {
 		return err
 	}
-	return stop()
+	return s.stop()
 }
 
 // besideFsync lets one job write 4 KiB at depth 1 while another writes and syncs each write.
