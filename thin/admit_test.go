@@ -103,7 +103,7 @@ func (a *admitTest) needed(bound, free uint64, what string) {
 	a.worst = max(a.worst, float64(took)/float64(bound))
 	a.must(c.WriteBlocks())
 	a.must(c.WriteSuperblock())
-	for _, r := range c.Freed() {
+	for _, r := range RunsOf(c.Freed()) {
 		a.m.ReleaseData(r)
 	}
 	a.committed = a.now.clone()

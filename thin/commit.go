@@ -1,6 +1,7 @@
 package thin
 
 import (
+	"cmp"
 	"encoding/binary"
 	"fmt"
 	"maps"
@@ -136,20 +137,33 @@ func (m *Metadata) writeSuperblock(buf []byte) error {
 // Superblock is the one that the commit writes.
 func (c *Commit) Superblock() Superblock { return DecodeSuperblock(c.buf) }
 
-// Freed returns the data blocks that lost their last mapping in this transaction, ascending.
-// Once the commit is durable, and readers that began before are done, they are given to
-// ReleaseData.
-func (c *Commit) Freed() []DataRun {
-	slices.Sort(c.dataFreed) // here, where nobody waits: there may be very many
+// Freed returns the data blocks that lost their last mapping in this transaction, each once, in no
+// order. Once the commit is durable, and readers that began before are done, they are given to
+// ReleaseData, as RunsOf has them.
+func (c *Commit) Freed() []uint64 { return c.dataFreed }
+
+// RunsOf joins blocks, each of which is there once, to runs, ascending. There may be millions, for
+// which it takes a while.
+func RunsOf[B ~uint64](blocks []B) []DataRun {
+	// What is freed together lies together: few runs are to be sorted.
 	var runs []DataRun
-	for _, b := range c.dataFreed {
-		if n := len(runs); n > 0 && runs[n-1].Begin+DataBlock(runs[n-1].Len) == DataBlock(b) {
+	for _, b := range blocks {
+		if n := len(runs); n > 0 && runs[n-1].End() == DataBlock(b) {
 			runs[n-1].Len++
 		} else {
 			runs = append(runs, DataRun{DataBlock(b), 1})
 		}
 	}
-	return runs
+	slices.SortFunc(runs, func(a, b DataRun) int { return cmp.Compare(a.Begin, b.Begin) })
+	kept := runs[:0]
+	for _, r := range runs {
+		if n := len(kept); n > 0 && kept[n-1].End() == r.Begin {
+			kept[n-1].Len += r.Len
+		} else {
+			kept = append(kept, r)
+		}
+	}
+	return kept
 }
 
 // Commit does all parts in order. sync, which may be nil, makes the data device durable.
@@ -170,7 +184,7 @@ func (m *Metadata) Commit(sync func() error) ([]DataRun, error) {
 	if err := c.WriteSuperblock(); err != nil {
 		return nil, err
 	}
-	return c.Freed(), nil
+	return RunsOf(c.Freed()), nil
 }
 
 // ReserveMetadataSnap keeps the committed trees readable for others: a copy of the superblock

@@ -65,7 +65,7 @@ func TestCrash(t *testing.T) {
 					p.must(c.WriteBlocks())
 					p.step()
 					p.must(c.WriteSuperblock())
-					for _, r := range c.Freed() {
+					for _, r := range RunsOf(c.Freed()) {
 						p.m.ReleaseData(r)
 					}
 					commits = append(commits, commit{begin, log.Now(), closed, p.held != nil})

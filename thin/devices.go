@@ -116,7 +116,7 @@ func (m *Metadata) CreateSnap(id, origin DevID) error {
 }
 
 // deleteLeaves bounds the work of a step of DeleteStep, in nodes of the mapping tree.
-const deleteLeaves = 32
+const deleteLeaves = 4
 
 // DeleteStep removes a bounded part of a device: all of it if few nodes of its tree are its own,
 // else the end of it, less when metadata blocks are short. Until done is true the device is there

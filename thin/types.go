@@ -46,6 +46,9 @@ type DataRun struct {
 	Len   uint64
 }
 
+// End is the block after the run.
+func (r DataRun) End() DataBlock { return r.Begin + DataBlock(r.Len) }
+
 // Details is what the pool records about a thin device beside its mappings.
 type Details struct {
 	MappedBlocks    uint64 // entries of the device's mapping tree

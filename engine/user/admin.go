@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"runtime"
+	"time"
 
 	"mica/engine"
 	"mica/thin"
@@ -54,7 +56,7 @@ func (p *Pool) SetTransactionID(ctx context.Context, old, next uint64) error {
 // deleteSteps is how many steps of a delete go by between commits, so that neither the metadata
 // reserve nor the freed data wait for the end of a large one, and a commit that others wait for
 // has to do with some ten thousands of freed blocks only.
-const deleteSteps = 8
+const deleteSteps = 32
 
 // Delete removes a device. A large one goes in steps between which others commit; if it is
 // interrupted the device is still there, with fewer mappings.
@@ -71,10 +73,12 @@ func (p *Pool) Delete(ctx context.Context, id thin.DevID) error {
 		delete(p.deleting, id)
 		p.mu.Unlock()
 	}()
+	flushes := p.flushes.Load()
 	for step := 1; ; step++ {
 		if err := p.writable(); err != nil {
 			return fmt.Errorf("%s: %w", what, err)
 		}
+		begin := time.Now()
 		done, err := p.deleteStep(id)
 		if errors.Is(err, thin.ErrNoMetaSpace) && p.failed() == nil {
 			err = p.tightly(func() (err error) {
@@ -89,6 +93,13 @@ func (p *Pool) Delete(ctx context.Context, id thin.DevID) error {
 			return p.commitNow()
 		}
 		p.wakeCommitLoop()
+		// Whoever waits for the metadata comes first, and where others flush they get the
+		// processor for half of the time.
+		runtime.Gosched()
+		if now := p.flushes.Load(); now != flushes {
+			flushes = now
+			time.Sleep(min(time.Since(begin), time.Millisecond))
+		}
 		if step%deleteSteps == 0 {
 			if err := p.commitNow(); err != nil {
 				return err

@@ -139,6 +139,7 @@ func (p *Pool) runCommit() (closed uint64, err error) {
 
 // flush makes every acknowledged write to d durable.
 func (p *Pool) flush(d *device) error {
+	p.flushes.Add(1)
 	if err := p.failed(); err != nil {
 		return err
 	}

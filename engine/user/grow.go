@@ -156,7 +156,7 @@ func (p *Pool) trimStep(next thin.DataBlock) (passed int64, end thin.DataBlock, 
 		}
 		next, more = r.Begin+1, true
 	}
-	for _, r := range runsOf(todo) {
+	for _, r := range thin.RunsOf(todo) {
 		if p.data.punch(r) {
 			passed += int64(r.Len) * p.bs
 		}

@@ -118,7 +118,8 @@ type Pool struct {
 	pending     atomic.Int64 // changes that are admitted and not in a tree yet
 	extentFree  atomic.Int64 // blocks in extents that nobody uses yet
 	cursor      atomic.Uint64
-	droppedAny  atomic.Bool // dropped is not empty
+	droppedAny  atomic.Bool   // dropped is not empty
+	flushes     atomic.Uint64 // asked for, of all devices
 	outOfSpace  atomic.Bool
 	noMeta      atomic.Bool
 	metaFlushes atomic.Uint64

@@ -1,7 +1,7 @@
 package user
 
 import (
-	"slices"
+	"runtime"
 	"sync"
 
 	"mica/thin"
@@ -20,8 +20,8 @@ type release struct {
 }
 
 type freedBlocks struct {
-	freed   []thin.DataRun // from the metadata: to be given to ReleaseData
-	dropped []thin.DataRun // reserved and never mapped: to be given to UnreserveData
+	freed   []uint64         // from the metadata: to be given to ReleaseData
+	dropped []thin.DataBlock // reserved and never mapped: to be given to UnreserveData
 }
 
 func (r *release) init() {
@@ -30,32 +30,18 @@ func (r *release) init() {
 }
 
 // add queues the blocks of a durable commit.
-func (r *release) add(freed []thin.DataRun, dropped []thin.DataBlock) {
+func (r *release) add(freed []uint64, dropped []thin.DataBlock) {
 	if len(freed) == 0 && len(dropped) == 0 {
 		return
 	}
 	r.mu.Lock()
-	r.queue = append(r.queue, freedBlocks{freed, runsOf(dropped)})
+	r.queue = append(r.queue, freedBlocks{freed, dropped})
 	r.queued++
 	r.mu.Unlock()
 	select {
 	case r.wake <- struct{}{}:
 	default:
 	}
-}
-
-// runsOf joins blocks to runs.
-func runsOf(blocks []thin.DataBlock) []thin.DataRun {
-	slices.Sort(blocks)
-	var runs []thin.DataRun
-	for _, b := range blocks {
-		if n := len(runs); n > 0 && runs[n-1].Begin+thin.DataBlock(runs[n-1].Len) == b {
-			runs[n-1].Len++
-		} else {
-			runs = append(runs, thin.DataRun{Begin: b, Len: 1})
-		}
-	}
-	return runs
 }
 
 // busy reports whether blocks are on their way.
@@ -103,20 +89,34 @@ func (p *Pool) releaseQueued() {
 		d.w.drain()
 	}
 	for _, b := range q {
-		for _, run := range b.freed {
-			p.giveBack(run)
-			p.meta.ReleaseData(run)
-		}
-		for _, run := range b.dropped {
-			p.giveBack(run)
-			p.meta.UnreserveData(run)
-		}
+		p.releaseRuns(thin.RunsOf(b.freed), p.meta.ReleaseData)
+		p.releaseRuns(thin.RunsOf(b.dropped), p.meta.UnreserveData)
 	}
 	p.spaceFreed() // first: who waits for the release looks whether there is space afterwards
 	r.mu.Lock()
 	r.done += uint64(len(q))
 	r.cond.Broadcast()
 	r.mu.Unlock()
+}
+
+// releasePause is how many blocks are freed before others get their turn: what is released may be
+// millions of blocks, in as many runs, and nobody waits for it as others do for their writes.
+const releasePause = 1024
+
+func (p *Pool) releaseRuns(runs []thin.DataRun, free func(thin.DataRun)) {
+	n := 0
+	for _, run := range runs {
+		for run.Len > 0 {
+			part := thin.DataRun{Begin: run.Begin, Len: min(releasePause, run.Len)}
+			p.giveBack(part)
+			free(part)
+			run.Begin, run.Len = part.End(), run.Len-part.Len
+			if n += int(part.Len) + 16; n >= releasePause {
+				n = 0
+				runtime.Gosched()
+			}
+		}
+	}
 }
 
 // punchBytes bounds one punch, so that a large delete does not keep the device busy for long.
