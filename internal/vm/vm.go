@@ -54,6 +54,7 @@ type Config struct {
 	Files    map[string]string // guest path -> host path, mode 0755
 	MemoryMB int               // default 768
 	CPUs     int               // default 1
+	CPU      string            // QEMU's name of the processor; default "max"
 	Cmdline  string            // appended to the kernel's
 	// BootTimeout is the limit for Start; default 2 minutes (a boot takes 5 to 15 seconds).
 	BootTimeout time.Duration
@@ -286,12 +287,15 @@ func (m *Machine) Close() {
 
 // args is QEMU's command line.
 func (k *kit) args(initrd string, c Config) []string {
-	memory, cpus := c.MemoryMB, c.CPUs
+	memory, cpus, cpu := c.MemoryMB, c.CPUs, c.CPU
 	if memory == 0 {
 		memory = 768
 	}
 	if cpus == 0 {
 		cpus = 1
+	}
+	if cpu == "" {
+		cpu = "max"
 	}
 	// panic=-1 restarts at once, -no-reboot turns that into the end of the emulator.
 	cmdline := "console=ttyS0 quiet loglevel=4 panic=-1 oops=panic rdinit=/init mitigations=off " +
@@ -302,7 +306,7 @@ func (k *kit) args(initrd string, c Config) []string {
 		// for a processor that is stuck.
 		"nosoftlockup rcupdate.rcu_cpu_stall_suppress=1 " + c.Cmdline
 	args := []string{
-		"-accel", "tcg", "-machine", "q35", "-cpu", "max", "-smp", strconv.Itoa(cpus), "-m", strconv.Itoa(memory),
+		"-accel", "tcg", "-machine", "q35", "-cpu", cpu, "-smp", strconv.Itoa(cpus), "-m", strconv.Itoa(memory),
 		"-nodefaults", "-no-user-config", "-no-reboot", "-display", "none", "-serial", "stdio",
 		"-kernel", k.kernel, "-initrd", initrd, "-append", strings.TrimSpace(cmdline),
 		"-device", "virtio-rng-pci",

@@ -36,6 +36,11 @@ func main() {
 	}
 }
 
+// cpu is the machine's processor. A real one moves 32 bytes and more a cycle with "rep movsb", so that a
+// kernel that sees these two features copies everything with it; the emulator moves a byte at a time
+// (4 KiB: 5.4 us, by words 0.7 us, a real processor 0.03 us). Without them it copies by words.
+const cpu = "max,erms=off,fsrm=off"
+
 // limit is for a host that is very busy; alone it takes some three minutes.
 const limit = 20 * time.Minute
 
@@ -57,7 +62,7 @@ func run(ctx context.Context, out, memory string, size int64, rounds int, runtim
 		return err
 	}
 	maps.Copy(files, map[string]string{"/bin/mica": binary})
-	c := vm.Config{Modules: []string{"dm-thin-pool", "ublk_drv", "nbd", "loop", "fuse"}, Files: files, CPUs: 2, MemoryMB: 2048, BootTimeout: 5 * time.Minute}
+	c := vm.Config{Modules: []string{"dm-thin-pool", "ublk_drv", "nbd", "loop", "fuse"}, Files: files, CPUs: 2, CPU: cpu, MemoryMB: 2048, BootTimeout: 5 * time.Minute}
 	args := []string{"mica", "bench", "guest", "--size", strconv.FormatInt(size, 10), "--rounds", strconv.Itoa(rounds), "--runtime", runtime.String()}
 	for i := range bench.GuestDisks {
 		path := filepath.Join(dir, "disk"+strconv.Itoa(i))
