@@ -3,6 +3,7 @@ package user
 import (
 	"errors"
 	"fmt"
+	"runtime"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -151,19 +152,29 @@ func (p *Pool) waitFor(t *Thin, why error, seq uint64, noWait bool) error {
 	return p.waitData(t, why, seq, noWait)
 }
 
-// waitMeta commits once, which may free metadata blocks, and fails if that did not help.
+// metaTries bounds how often a write tries for metadata blocks that others got before it.
+const metaTries = 1000
+
+// waitMeta commits, which may free metadata blocks, and fails if that did not help: when there are
+// too few for one change. What others have pending takes blocks for the worst case only, which
+// their commit gives back.
 func (p *Pool) waitMeta() error {
-	if p.uncommitted() {
-		if err := p.commitNow(); err != nil {
+	for try := 0; ; try++ {
+		if p.uncommitted() {
+			if err := p.commitNow(); err != nil {
+				return err
+			}
+		}
+		if p.meta.CanAdmit(int(p.pending.Load())+1, false) {
+			return nil
+		}
+		if others := p.pending.Load() > 0; !others || try == metaTries {
+			err := p.noMetaError()
+			p.noMetaSpace(err)
 			return err
 		}
+		runtime.Gosched() // one of them is about to write
 	}
-	if p.meta.CanAdmit(int(p.pending.Load())+1, false) {
-		return nil
-	}
-	err := p.noMetaError()
-	p.noMetaSpace(err)
-	return err
 }
 
 // noMetaSpace is called when something was refused for want of metadata blocks.

@@ -7,6 +7,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -398,5 +399,72 @@ func TestDiscardedBlocksServeTheNextWrite(t *testing.T) {
 			}
 		}
 		from, to = to, from
+	}
+}
+
+// TestShortMetadataManyWriters: writes that find too few metadata blocks only because others have
+// changes pending wait for a commit; what is refused could not have been done alone either.
+func TestShortMetadataManyWriters(t *testing.T) {
+	const blocks, writers = 512, 16
+	pools := 0
+	for meta := int64(48); meta < 88; meta += 2 {
+		tp := newPool(t, poolSize{dataBlocks: 4 * blocks, metaBlocks: meta}, Options{CommitInterval: time.Hour, Logger: quiet})
+		tp.ownCheckOnly = true
+		full := func(err error) bool { return errors.Is(err, thin.ErrNoMetaSpace) }
+		if err := tp.p.CreateThin(ctx, 1); full(err) {
+			continue // nothing to measure in a pool as small as that
+		} else if err != nil {
+			t.Fatal(err)
+		}
+		h, err := tp.p.Open(ctx, 1, engine.OpenOptions{SizeBytes: blocks * tp.bs})
+		if err != nil {
+			t.Fatal(err)
+		}
+		_, err = h.WriteAt(make([]byte, blocks*tp.bs), 0)
+		h.Close()
+		if err == nil {
+			err = tp.p.CreateSnap(ctx, 2, 1)
+		}
+		if full(err) {
+			continue
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		if h, err = tp.p.Open(ctx, 2, engine.OpenOptions{SizeBytes: blocks * tp.bs}); err != nil {
+			t.Fatal(err)
+		}
+		pools++
+		var wg sync.WaitGroup
+		var refused atomic.Bool
+		for w := range writers {
+			wg.Go(func() {
+				for b := int64(w); b < blocks && !refused.Load(); b += writers {
+					// Far apart, so that each changes a leaf of its own.
+					_, err := h.WriteAtNoWait(make([]byte, 4096), b*37%blocks*tp.bs)
+					if err == nil {
+						continue
+					}
+					if !full(err) {
+						t.Error(err)
+					}
+					refused.Store(true)
+				}
+			})
+		}
+		wg.Wait()
+		if refused.Load() {
+			if err := tp.p.commitNow(); err != nil {
+				t.Fatal(err)
+			}
+			if sp := tp.p.meta.Space(); tp.p.meta.CanAdmit(1, false) {
+				t.Errorf("%d metadata blocks: a write was refused with %d free, %d of them kept, which are enough for one", meta, sp.MetaFree, sp.MetaReserve)
+			}
+		}
+		h.Close()
+		tp.close()
+	}
+	if pools < 5 {
+		t.Errorf("%d pools had room for a snapshot, want 5 at least", pools)
 	}
 }
