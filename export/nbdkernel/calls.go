@@ -3,14 +3,10 @@ package nbdkernel
 import (
 	"context"
 	"fmt"
-	"os"
-	"strings"
 	"time"
 
 	"mica/export/helper"
 	"mica/export/node"
-
-	"golang.org/x/sys/unix"
 )
 
 // Calls are what can wait for the server of a device, for a helper process (see package helper).
@@ -44,7 +40,7 @@ func disconnectUnused(ctx context.Context, a disconnectArgs) error {
 	if backendOf(a.Index) != a.Backend {
 		return fmt.Errorf("%s: %w", nodeOf(a.Index), node.ErrGone)
 	}
-	number, err := deviceNumber(a.Index)
+	number, err := node.Number(sysfs(a.Index))
 	if err != nil {
 		return fmt.Errorf("%s: %w", nodeOf(a.Index), node.ErrGone)
 	}
@@ -62,40 +58,4 @@ func drop(a dropArgs) error {
 		return nil
 	}
 	return with(func(k *control) error { return k.disconnect(a.Index) })
-}
-
-// ensureNode makes the device file if it is missing. On a host devtmpfs has made it.
-func ensureNode(index int) error {
-	want, err := deviceNumber(index)
-	if err != nil {
-		return err
-	}
-	var st unix.Stat_t
-	path := nodeOf(index)
-	err = unix.Stat(path, &st)
-	switch {
-	case err == nil && st.Mode&unix.S_IFMT == unix.S_IFBLK && st.Rdev == want:
-		return nil
-	case err == nil:
-		return fmt.Errorf("%s is not device %d:%d", path, unix.Major(want), unix.Minor(want))
-	case err != unix.ENOENT:
-		return fmt.Errorf("%s: %w", path, err)
-	}
-	if err := unix.Mknod(path, unix.S_IFBLK|0o600, int(want)); err != nil && err != unix.EEXIST {
-		return fmt.Errorf("%s is missing and cannot be made: %w", path, err)
-	}
-	return nil
-}
-
-// deviceNumber reads a device's number from sysfs.
-func deviceNumber(index int) (uint64, error) {
-	b, err := os.ReadFile(sysfs(index) + "/dev")
-	if err != nil {
-		return 0, err
-	}
-	var major, minor uint32
-	if _, err := fmt.Sscanf(strings.TrimSpace(string(b)), "%d:%d", &major, &minor); err != nil {
-		return 0, fmt.Errorf("%s/dev says %q: want MAJOR:MINOR", sysfs(index), b)
-	}
-	return unix.Mkdev(major, minor), nil
 }

@@ -60,7 +60,7 @@ func stopUnused(ctx context.Context, a stopArgs) error {
 	if err := isOurs(a.ID, a.Cookie); err != nil {
 		return err
 	}
-	number, err := deviceNumber(sysfsBlock(a.ID))
+	number, err := node.Number(sysfsBlock(a.ID))
 	if err != nil {
 		return fmt.Errorf("%s: %w", nodeOf(a.ID), node.ErrGone) // it was stopped, and not yet deleted
 	}

@@ -12,7 +12,6 @@ import (
 
 	"mica/dev"
 	"mica/export"
-	"mica/export/helper"
 	"mica/export/keep"
 	"mica/export/node"
 
@@ -25,14 +24,9 @@ import (
 type Exporter struct {
 	o     Options
 	feats uint64
-	dir   keep.Records[record]
-	lock  *os.File // of dir: one exporter
-	links node.Dir
-	help  *helper.Client
+	x     exporter
 	stop  chan struct{} // closed by Close: ends the sweeper
 	wg    sync.WaitGroup
-
-	names keep.Names[attachment]
 }
 
 var _ export.Exporter = (*Exporter)(nil)
@@ -43,23 +37,16 @@ func New(o Options) (_ *Exporter, err error) {
 	if err := o.check(); err != nil {
 		return nil, err
 	}
-	e := &Exporter{o: o, dir: keep.Records[record]{Dir: filepath.Join(o.RunDir, "ublk"), Version: recordVersion}, stop: make(chan struct{})}
+	e := &Exporter{o: o, stop: make(chan struct{})}
 	if e.feats, err = features(); err == nil {
 		err = checkFeatures(e.feats)
 	}
 	if err != nil {
 		return nil, err
 	}
-	if e.lock, err = keep.Lock(e.dir.Dir); err != nil {
-		return nil, fmt.Errorf("ublk exporter: %w", err)
-	}
-	e.help = helper.NewClient(o.HelperCommand, Calls, Errors, o.Logger)
-	if e.links, err = node.Open(o.LinkDir); err == nil {
-		err = e.clean()
-	}
+	err = e.x.Open(keep.Options{Dir: filepath.Join(o.RunDir, "ublk"), Version: recordVersion, LinkDir: o.LinkDir,
+		HelperCommand: o.HelperCommand, Calls: Calls, Errors: Errors, Log: o.Logger}, e.clean)
 	if err != nil {
-		e.help.Close()
-		e.lock.Close()
 		return nil, fmt.Errorf("ublk exporter: %w", err)
 	}
 	e.wg.Go(e.sweepLoop)
@@ -82,11 +69,11 @@ func (e *Exporter) sweepLoop() {
 			return
 		case <-t.C:
 		}
-		for _, a := range e.names.List() {
-			if n := a.s.served.Load(); n == a.swept {
-				a.s.bufs.trim()
+		for _, a := range e.x.List() {
+			if n := a.N.s.served.Load(); n == a.N.swept {
+				a.N.s.bufs.trim()
 			} else {
-				a.swept = n
+				a.N.swept = n
 			}
 		}
 	}
@@ -95,24 +82,9 @@ func (e *Exporter) sweepLoop() {
 // Attach exports d as /dev/ublkbN. Its size must be a multiple of the sector size. When it returns,
 // the node works, the link is there, and a successor of this process can adopt it.
 func (e *Exporter) Attach(ctx context.Context, name string, d dev.Device, o export.AttachOptions) (export.Attachment, error) {
-	if o.SectorSize == 0 {
-		o.SectorSize = 512
-	}
-	if s := o.SectorSize; s < 512 || s > 4096 || s&(s-1) != 0 {
-		return nil, fmt.Errorf("attach %q: sector size %d: want 512, 1024, 2048 or 4096", name, s)
-	}
-	if size := d.Size(); size <= 0 || size%int64(o.SectorSize) != 0 {
-		return nil, fmt.Errorf("attach %q: device of %d bytes: want a multiple of %d", name, size, o.SectorSize)
-	}
-	if err := e.names.Claim(name); err != nil {
-		return nil, fmt.Errorf("attach %q: %w", name, err)
-	}
-	a, err := e.attach(ctx, name, d, o)
-	e.names.Settle(name, a)
-	if err != nil {
-		return nil, fmt.Errorf("attach %q: %w", name, err)
-	}
-	return a, nil
+	return e.x.Attach(name, d, o, func(o export.AttachOptions, cut func()) (record, *device, error) {
+		return e.attach(ctx, name, d, o, cut)
+	})
 }
 
 // paramsOf says what the block device is like.
@@ -137,76 +109,71 @@ func paramsOf(d dev.Device, size int64, o export.AttachOptions) *params {
 	return p
 }
 
-func (e *Exporter) attach(ctx context.Context, name string, d dev.Device, o export.AttachOptions) (_ *attachment, err error) {
-	if rec, err := e.dir.Get(name); err != nil {
-		return nil, err
-	} else if rec != nil {
-		return nil, fmt.Errorf("survivor of that name: %w", export.ErrExists)
-	}
+func (e *Exporter) attach(ctx context.Context, name string, d dev.Device, o export.AttachOptions, cut func()) (rec record, _ *device, err error) {
 	i := devInfo{
 		queues: uint16(e.o.Queues), depth: uint16(e.o.Depth), maxIO: maxIO, id: anyID,
 		flags: featNeeded | e.feats&(featUpdateSize|featNoPartitionScan), cookie: cookieOf(e.o.RunDir, name),
 	}
 	if err := addDev(&i); err != nil {
-		return nil, err
+		return rec, nil, err
 	}
 	id := int(i.id)
 	defer func() {
 		if err != nil {
-			e.help.Do(context.WithoutCancel(ctx), "ublk.delete", "", deleteArgs{id, i.cookie}, nil)
-			e.links.Unmark(kernelName(id))
+			e.x.Help.Do(context.WithoutCancel(ctx), "ublk.delete", "", deleteArgs{id, i.cookie}, nil)
+			e.x.Links.Unmark(kernelName(id))
 		}
 	}()
-	if err := e.links.Mark(kernelName(id), e.o.RunDir); err != nil {
-		return nil, err
+	if err := e.x.Links.Mark(kernelName(id), e.o.RunDir); err != nil {
+		return rec, nil, err
 	}
 	size := d.Size()
 	if err := setParams(id, paramsOf(d, size, o)); err != nil {
-		return nil, err
+		return rec, nil, err
 	}
-	a := &attachment{e: e, name: name, d: d, flags: i.flags, life: keep.NewLife()}
-	a.rec = record{ID: id, Cookie: i.cookie, Size: size, SectorSize: o.SectorSize, ReadOnly: o.ReadOnly}
-	if a.s, err = newServer(&i, d, o.ReadOnly, &e.o); err != nil {
-		return nil, err
-	}
-	a.s.onEnd = a.cut
-	if err = a.s.start(); err != nil {
-		a.s.close()
-		return nil, err
+	rec = record{ID: id, Cookie: i.cookie, Shape: keep.Shape{Size: size, SectorSize: o.SectorSize, ReadOnly: o.ReadOnly}}
+	n, err := e.serve(name, d, rec, &i, cut)
+	if err != nil {
+		return rec, nil, err
 	}
 	defer func() {
 		if err != nil {
-			a.s.leave()
-			a.s.close()
+			n.Leave()
 		}
 	}()
-	if err = e.help.Do(ctx, "ublk.start", "", startArgs{id, os.Getpid()}, nil); err != nil {
+	if err = e.x.Help.Do(ctx, "ublk.start", "", startArgs{id, os.Getpid()}, nil); err != nil {
+		return rec, nil, err
+	}
+	if err = node.Ensure(nodeOf(id), sysfsBlock(id), unix.S_IFBLK); err != nil {
+		return rec, nil, err
+	}
+	if err = e.x.Records.Put(name, rec); err != nil {
+		return rec, nil, err
+	}
+	if err = e.x.Links.Make(name, nodeOf(id)); err != nil {
+		return rec, nil, errors.Join(err, e.x.Records.Drop(name))
+	}
+	return rec, n, nil
+}
+
+// serve starts the server of a device.
+func (e *Exporter) serve(name string, d dev.Device, rec record, i *devInfo, cut func()) (*device, error) {
+	s, err := newServer(i, d, rec.ReadOnly, &e.o)
+	if err != nil {
 		return nil, err
 	}
-	if err = ensureNode(nodeOf(id), sysfsBlock(id), unix.S_IFBLK); err != nil {
+	s.onEnd = cut
+	if err := s.start(); err != nil {
+		s.close()
 		return nil, err
 	}
-	if err = e.dir.Put(name, a.rec); err != nil {
-		return nil, err
-	}
-	if err = e.links.Make(name, nodeOf(id)); err != nil {
-		return nil, errors.Join(err, e.dir.Drop(name))
-	}
-	return a, nil
+	return &device{x: &e.x, name: name, rec: rec, wait: e.o.DetachWait, s: s, flags: i.flags}, nil
 }
 
 // Close stops serving. Attachments stay: their requests wait for a successor.
 func (e *Exporter) Close() error {
-	if !e.names.Close() {
-		return nil
-	}
-	close(e.stop)
-	e.wg.Wait()
-	var wg sync.WaitGroup
-	for _, a := range e.names.List() {
-		wg.Go(a.leave)
-	}
-	wg.Wait()
-	e.help.Close()
-	return e.lock.Close()
+	return e.x.Close(func() {
+		close(e.stop)
+		e.wg.Wait()
+	})
 }

@@ -3,17 +3,15 @@ package ublk
 import (
 	"hash/fnv"
 	"io"
+
+	"mica/export/keep"
 )
 
-// A record is what the next exporter must know about a device. It is a file in RunDir/ublk, and
-// there from the moment the node works until its link is gone: a device of ours that has none was
-// never given to anybody, or was being taken away.
+// A record is what the next exporter must know about a device, a file in RunDir/ublk.
 type record struct {
-	ID         int    `json:"id"` // of the ublk device
-	Cookie     uint64 `json:"cookie"`
-	Size       int64  `json:"size"` // bytes, as the kernel was told last
-	SectorSize int    `json:"sector_size"`
-	ReadOnly   bool   `json:"read_only"`
+	ID     int    `json:"id"` // of the ublk device
+	Cookie uint64 `json:"cookie"`
+	keep.Shape
 }
 
 const recordVersion = 1
@@ -42,8 +40,15 @@ const (
 	cookieName = 0xffff_000000_ffffff
 )
 
-// isThere says whether the device of a record is still there, and still that one.
-func (rec *record) isThere() (devInfo, bool) {
+// info asks the driver for the device of a record, and says whether it is there, and still that one.
+func (rec record) info() (devInfo, bool) {
 	i, err := getInfo(rec.ID)
 	return i, err == nil && i.cookie == rec.Cookie && i.state != stateDead
+}
+
+func (rec record) Path() string { return nodeOf(rec.ID) }
+
+func (rec record) IsThere() bool {
+	_, there := rec.info()
+	return there
 }

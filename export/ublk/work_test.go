@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"mica/dev"
+	"mica/export"
 
 	"golang.org/x/sys/unix"
 )
@@ -179,10 +180,13 @@ func TestHeldIsBounded(t *testing.T) {
 func TestIdleHoldsNoBuffers(t *testing.T) {
 	s := newIdleServer(t, dev.NewMem(1<<20), 8)
 	e := &Exporter{o: Options{IdleAfter: 5 * time.Millisecond}, stop: make(chan struct{})}
-	if err := e.names.Claim("x"); err != nil {
+	e.x.Records.Dir = t.TempDir()
+	_, err := e.x.Attach("x", s.d, export.AttachOptions{}, func(export.AttachOptions, func()) (record, *device, error) {
+		return record{}, &device{s: s}, nil
+	})
+	if err != nil {
 		t.Fatal(err)
 	}
-	e.names.Settle("x", &attachment{s: s})
 	e.wg.Go(e.sweepLoop)
 	defer func() { close(e.stop); e.wg.Wait() }()
 	one, err := s.bufs.get(4096)
