@@ -113,9 +113,7 @@ func TestRefusals(t *testing.T) {
 // TestLabels: labels are kept, changed field by field, and those of containerd.io/snapshot/ go on to
 // the committed snapshot; the reference to a layer does if the snapshot is that layer.
 func TestLabels(t *testing.T) {
-	r := newRig(t, 1<<30).open()
-	s := r.snapshotter("mica")
-	ctx := tctx(t)
+	_, s, ctx := openRig(t, "")
 	must[[]mount.Mount](t)(s.Prepare(ctx, "k", "", withLabels("containerd.io/snapshot/x", "1", "containerd.io/snapshot/y", "1",
 		"other", "1", "empty", "", layer.LabelSnapRef, "sha256:abc")))
 	i := must[snapshots.Info](t)(s.Stat(ctx, "k"))
@@ -140,11 +138,7 @@ func TestLabels(t *testing.T) {
 func TestSize(t *testing.T) { eachFS(t, testSize) }
 
 func testSize(t *testing.T, fs string) {
-	r := newRig(t, 1<<30)
-	r.o.FSType = fs
-	r.open()
-	s := r.snapshotter("mica")
-	ctx := tctx(t)
+	r, s, ctx := openRig(t, fs)
 	r.layer(s, "p", "", map[string]string{"a": "a"})
 	size := func(m []mount.Mount) (n int64) {
 		dir, unmount := r.mountOn(m)
@@ -183,11 +177,7 @@ func testSize(t *testing.T, fs string) {
 func TestMounts(t *testing.T) { eachFS(t, testMounts) }
 
 func testMounts(t *testing.T, fs string) {
-	r := newRig(t, 1<<30)
-	r.o.FSType = fs
-	r.open()
-	s := r.snapshotter("mica")
-	ctx := tctx(t)
+	r, s, ctx := openRig(t, fs)
 	r.layer(s, "p", "", map[string]string{"a": "text"})
 	m := must[[]mount.Mount](t)(s.Prepare(ctx, "active", "p"))
 	if len(m) != 1 || m[0].Type != fs || filepath.Dir(m[0].Source) != r.host.Links() {
@@ -283,11 +273,7 @@ func testMounts(t *testing.T, fs string) {
 func TestUnpackCosts(t *testing.T) { eachFS(t, testUnpackCosts) }
 
 func testUnpackCosts(t *testing.T, fs string) {
-	r := newRig(t, 1<<30)
-	r.o.FSType = fs
-	r.open()
-	s := r.snapshotter("mica")
-	ctx := tctx(t)
+	r, s, ctx := openRig(t, fs)
 	r.layer(s, "warm up", "", map[string]string{"x": "x"}) // reserves ids
 	parent := ""
 	for i := range 5 {

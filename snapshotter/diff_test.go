@@ -88,12 +88,8 @@ func entries(t testing.TB, cs content.Store, d ocispec.Descriptor) (m map[string
 func TestCompare(t *testing.T) { eachFS(t, testCompare) }
 
 func testCompare(t *testing.T, fs string) {
-	r := newRig(t, 1<<30)
-	r.o.FSType = fs
-	r.open()
-	s := r.snapshotter("mica")
+	r, s, ctx := openRig(t, fs)
 	d, cs := r.differ()
-	ctx := tctx(t)
 	r.layer(s, "p", "", map[string]string{"kept": "kept", "changed": "old", "gone": "gone"})
 	before := r.used()
 	m := must[[]mount.Mount](t)(s.Prepare(ctx, "k", "p"))
@@ -167,10 +163,8 @@ func testCompare(t *testing.T, fs string) {
 
 // TestCompareRefusals: what is not this differ's to do goes to the next one; the rest is refused.
 func TestCompareRefusals(t *testing.T) {
-	r := newRig(t, 1<<30).open()
-	s := r.snapshotter("mica")
+	r, s, ctx := openRig(t, "")
 	d, cs := r.differ()
-	ctx := tctx(t)
 	r.layer(s, "p", "", map[string]string{"a": "a"})
 	r.layer(s, "q", "", map[string]string{"b": "b"})
 	m := must[[]mount.Mount](t)(s.Prepare(ctx, "k", "p"))
@@ -231,12 +225,8 @@ func tarOf(t testing.TB, name, text string) []byte {
 func TestApplyLayers(t *testing.T) { eachFS(t, testApplyLayers) }
 
 func testApplyLayers(t *testing.T, fs string) {
-	r := newRig(t, 1<<30)
-	r.o.FSType = fs
-	r.open()
-	s := r.snapshotter("mica")
+	r, s, ctx := openRig(t, fs)
 	d, cs := r.differ()
-	ctx := tctx(t)
 	m := must[[]mount.Mount](t)(s.Prepare(ctx, "k", ""))
 	for i, kind := range []compression{plainTar, gzipTar, zstdTar} {
 		mediaType := []string{ocispec.MediaTypeImageLayer, ocispec.MediaTypeImageLayerGzip, ocispec.MediaTypeImageLayerZstd}[i]

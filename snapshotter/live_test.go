@@ -75,11 +75,7 @@ func syncFS(t testing.TB, dir string) {
 func TestCommitMounted(t *testing.T) { eachFS(t, testCommitMounted) }
 
 func testCommitMounted(t *testing.T, fs string) {
-	r := newRig(t, 1<<30)
-	r.o.FSType = fs
-	r.open()
-	s := r.snapshotter("mica")
-	ctx := tctx(t)
+	r, s, ctx := openRig(t, fs)
 	r.layer(s, "p", "", map[string]string{"a": "a"})
 	m := must[[]mount.Mount](t)(s.Prepare(ctx, "k", "p"))
 	dir, unmount := r.mountOn(m)
@@ -121,11 +117,7 @@ func testCommitMounted(t *testing.T, fs string) {
 func TestRemoveMounted(t *testing.T) { eachFS(t, testRemoveMounted) }
 
 func testRemoveMounted(t *testing.T, fs string) {
-	r := newRig(t, 1<<30)
-	r.o.FSType = fs
-	r.open()
-	s := r.snapshotter("mica")
-	ctx := tctx(t)
+	r, s, ctx := openRig(t, fs)
 	empty := r.used()
 	r.layer(s, "p", "", map[string]string{"a": "text"})
 	dir, unmount := r.mountOn(must[[]mount.Mount](t)(s.Prepare(ctx, "k", "p")))
@@ -165,9 +157,7 @@ func testRemoveMounted(t *testing.T, fs string) {
 // TestViewAgain: a view of a parent whose last view was removed while mounted shares what is still
 // there, and keeps it.
 func TestViewAgain(t *testing.T) {
-	r := newRig(t, 1<<30).open()
-	s := r.snapshotter("mica")
-	ctx := tctx(t)
+	r, s, ctx := openRig(t, "")
 	r.layer(s, "p", "", map[string]string{"a": "text"})
 	_, unmount := r.mountOn(must[[]mount.Mount](t)(s.View(ctx, "v", "p")))
 	ok(t, s.Remove(ctx, "v"))
@@ -190,11 +180,7 @@ func TestViewAgain(t *testing.T) {
 func TestRestart(t *testing.T) { eachFS(t, testRestart) }
 
 func testRestart(t *testing.T, fs string) {
-	r := newRig(t, 1<<30)
-	r.o.FSType = fs
-	r.open()
-	s := r.snapshotter("mica")
-	ctx := tctx(t)
+	r, s, ctx := openRig(t, fs)
 	empty := r.used()
 	r.layer(s, "p", "", map[string]string{"a": "text"})
 	m := must[[]mount.Mount](t)(s.Prepare(ctx, "k", "p"))
@@ -263,11 +249,7 @@ func testRestart(t *testing.T, fs string) {
 func TestTakenAway(t *testing.T) { eachFS(t, testTakenAway) }
 
 func testTakenAway(t *testing.T, fs string) {
-	r := newRig(t, 1<<30)
-	r.o.FSType = fs
-	r.open()
-	s := r.snapshotter("mica")
-	ctx := tctx(t)
+	r, s, ctx := openRig(t, fs)
 	r.layer(s, "p", "", map[string]string{"a": "text"})
 	m := must[[]mount.Mount](t)(s.Prepare(ctx, "k", "p"))
 	v := must[[]mount.Mount](t)(s.View(ctx, "v", "p"))
@@ -356,11 +338,7 @@ func (r *rig) fillPool() (empty func()) {
 func TestCrashed(t *testing.T) { eachFS(t, testCrashed) }
 
 func testCrashed(t *testing.T, fs string) {
-	r := newRig(t, 1<<30)
-	r.o.FSType = fs
-	r.open()
-	s := r.snapshotter("mica")
-	ctx := tctx(t)
+	r, s, ctx := openRig(t, fs)
 	r.layer(s, "p", "", map[string]string{"a": "text"})
 	m := must[[]mount.Mount](t)(s.Prepare(ctx, "k", "p"))
 	dir, _ := r.mountOn(m)

@@ -75,10 +75,7 @@ func chain(n int) string { return fmt.Sprintf("sha256:%064x", n) }
 func TestSharing(t *testing.T) { eachFS(t, testSharing) }
 
 func testSharing(t *testing.T, fs string) {
-	r := newRig(t, 1<<30)
-	r.o.FSType = fs
-	r.open()
-	s := r.snapshotter("mica")
+	r, s, _ := openRig(t, fs)
 	db := r.metaDB(s)
 	sn := db.Snapshotter("mica")
 	one, two := namespaces.WithNamespace(tctx(t), "one"), namespaces.WithNamespace(tctx(t), "two")
@@ -203,10 +200,7 @@ func collectAgain(t testing.TB, db *metadata.DB, sn snapshots.Snapshotter, ctx c
 func TestImported(t *testing.T) { eachFS(t, testImported) }
 
 func testImported(t *testing.T, fs string) {
-	r := newRig(t, 1<<30)
-	r.o.FSType = fs
-	r.open()
-	s := r.snapshotter("mica")
+	r, s, _ := openRig(t, fs)
 	db := r.metaDB(s)
 	sn := db.Snapshotter("mica")
 	ctx := namespaces.WithNamespace(tctx(t), "ns")

@@ -99,6 +99,16 @@ func newRig(t testing.TB, dataBytes int64) *rig {
 	return r
 }
 
+// openRig makes a rig of 1 GiB with a kind of file system ("": the usual one) and opens it, with a
+// snapshotter on it.
+func openRig(t testing.TB, fs string) (*rig, *Snapshotter, context.Context) {
+	t.Helper()
+	r := newRig(t, 1<<30)
+	r.o.FSType = fs
+	r.open()
+	return r, r.snapshotter("mica"), tctx(t)
+}
+
 // open opens pool, exporter and store.
 func (r *rig) open() *rig {
 	r.t.Helper()
