@@ -86,6 +86,13 @@ type Trier interface {
 	TryWriteAt(p []byte, off int64) error
 }
 
+// A TryFlusher makes everything acknowledged before the call durable if that takes no more than a
+// sync of the medium. Otherwise it returns ErrWouldBlock having done nothing, and the caller hands
+// the request to a goroutine that calls Flush.
+type TryFlusher interface {
+	TryFlush() error
+}
+
 // CheckRange returns ErrOutOfRange unless [off, off+n) lies inside a device of size bytes.
 // It is safe against overflow.
 func CheckRange(off, n, size int64) error {

@@ -6,6 +6,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"mica/dev"
 	"mica/engine"
 	"mica/journal"
 	"mica/thin"
@@ -63,6 +64,13 @@ func (p *Pool) commitTo(gen uint64) error {
 		}
 	}
 	return nil
+}
+
+// still reports whether no commit is under way: one that is frees metadata blocks when it is done.
+func (c *commits) still() bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return !c.running
 }
 
 // commitNow makes everything acknowledged so far durable.
@@ -158,6 +166,18 @@ func (p *Pool) flush(d *device) error {
 		}
 	}
 	return p.commitTo(gen)
+}
+
+// tryFlush is flush if all changes of d are durable, so that it takes a sync of the data only.
+func (p *Pool) tryFlush(d *device) error {
+	if p.failure.Load() != nil || d.changed.Load() > p.commits.done.Load() {
+		return dev.ErrWouldBlock
+	}
+	p.flushes.Add(1)
+	if err := p.data.sync(); err != nil {
+		return p.fail(err)
+	}
+	return nil
 }
 
 // wakeCommitLoop tells the commit loop that there are changes, or that there are many.

@@ -71,6 +71,19 @@ func (t *Thin) Flush() error {
 	return nil
 }
 
+// TryFlush is Flush if every mapping of this device is durable: it takes a data sync at most, its
+// own or one that is under way.
+func (t *Thin) TryFlush() error {
+	if t.closed.Load() || t.p.opts.ReadOnly {
+		return dev.ErrWouldBlock // Flush says what is wrong
+	}
+	err := t.p.tryFlush(t.d)
+	if err != nil && err != dev.ErrWouldBlock {
+		return t.wrap("flush", err)
+	}
+	return err
+}
+
 // Close waits for requests in flight; writes that wait for space fail. It does not flush.
 func (t *Thin) Close() error {
 	t.closeOnce.Do(func() {

@@ -57,6 +57,67 @@ func TestTry(t *testing.T) {
 	wouldBlock("write to a closed device", h.TryWriteAt(p, 0))
 }
 
+// TestTryFlush: what has no new mappings is flushed with one sync of the data, and nothing else; what
+// has some would have to commit.
+func TestTryFlush(t *testing.T) {
+	tp := newPool(t, poolSize{}, still)
+	tp.create(1)
+	tp.create(2)
+	h, other := tp.thin(1, 1<<20), tp.thin(2, 1<<20)
+	must(t, h.Flush())
+	write(t, h, fill(1, 8192), 0)
+	try := func(what string, h *Thin, would bool, syncs int64) {
+		t.Helper()
+		var err error
+		d, m := tp.counting(func() { err = h.TryFlush() })
+		if would != errors.Is(err, dev.ErrWouldBlock) || !would && err != nil {
+			t.Errorf("%s: %v, want ErrWouldBlock %v", what, err, would)
+		}
+		if int64(d.Flushes) != syncs || m != (dev.OpCounts{}) {
+			t.Errorf("%s: data %+v, metadata %+v, want %d syncs", what, d, m, syncs)
+		}
+	}
+	try("new mappings", h, true, 0)
+	must(t, h.Flush())
+	try("nothing written", h, false, 0)
+	write(t, h, fill(2, 4096), 0)
+	write(t, other, fill(3, 4096), 0)
+	try("overwritten, beside another device's new mappings", h, false, 1)
+	try("the other one", other, true, 0)
+	if n := testing.AllocsPerRun(100, func() {
+		must(t, h.TryWriteAt(zeroBuf[:4096], 0))
+		must(t, h.TryFlush())
+	}); n != 0 {
+		t.Errorf("%v allocations", n)
+	}
+	h.Close()
+	try("closed", h, true, 0)
+}
+
+// TestTryFlushFails: a sync that fails is final here, too.
+func TestTryFlushFails(t *testing.T) {
+	tp := newPool(t, poolSize{}, still)
+	tp.dirty = true
+	tp.create(1)
+	h := tp.thin(1, 1<<20)
+	write(t, h, fill(1, 8192), 0)
+	must(t, h.Flush())
+	write(t, h, fill(2, 8192), 0)
+	tp.data.Add(dev.Rule{Ops: dev.OpFlush, Times: 1, Err: errIO})
+	if err := h.TryFlush(); !errors.Is(err, engine.ErrFailed) || !errors.Is(err, errIO) {
+		t.Fatalf("flush: %v, want ErrFailed and the cause", err)
+	}
+	if err := h.TryFlush(); !errors.Is(err, dev.ErrWouldBlock) {
+		t.Errorf("again: %v, want that Flush says it", err)
+	}
+	if err := h.Flush(); !errors.Is(err, engine.ErrFailed) {
+		t.Errorf("flush of the failed pool: %v", err)
+	}
+	if _, err := h.WriteAt([]byte{1}, 0); !errors.Is(err, engine.ErrFailed) {
+		t.Errorf("write: %v", err)
+	}
+}
+
 // TestNoAllocations: mapped reads and writes, and reads of holes, make no garbage.
 func TestNoAllocations(t *testing.T) {
 	tp := newPool(t, poolSize{}, still)

@@ -57,6 +57,7 @@ type Ring struct {
 	sqMask         uint32
 	tail           uint32 // ours, not yet published
 	pending        uint32 // entries filled since the last Enter
+	calls          atomic.Uint64
 
 	// Of the completion queue. The kernel moves tail, we move head.
 	cqHead, cqTail *uint32
@@ -215,11 +216,15 @@ func (r *Ring) Poll(fd int, events uint32, data uint64) error {
 // Pending is how many requests wait for Enter.
 func (r *Ring) Pending() int { return int(r.pending) }
 
+// Calls is how often the ring has called the kernel (io_uring_enter). Any goroutine may ask.
+func (r *Ring) Calls() uint64 { return r.calls.Load() }
+
 // Enter submits what was queued and waits until at least wait completions are there. It returns
 // early, with nil, when the thread gets a signal.
 func (r *Ring) Enter(wait int) error {
 	atomic.StoreUint32(r.sqTail, r.tail)
 	for {
+		r.calls.Add(1)
 		n, errno := enter(r.fd, r.pending, uint32(wait), enterGetEvents, wait > 0)
 		switch errno {
 		case 0:
