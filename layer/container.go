@@ -67,7 +67,11 @@ func (s *Store) Create(ctx context.Context, o CreateOptions) (Container, bool, e
 	rec.body = containerBody{Image: o.Image, ChainID: l.Key, AskedSize: o.SizeBytes, deviceBody: deviceBody{
 		SizeBytes: size, FSType: l.body.FSType, Owner: o.Owner, Labels: o.Labels, Created: now(), GuestOwned: l.body.GuestOwned}}
 	rec.body.setTTL(o.TTL)
-	if err := s.makeContainer(ctx, &rec, l, soon, size > l.body.SizeBytes && !l.body.GuestOwned); err != nil {
+	var grown func(own int64)
+	if size > l.body.SizeBytes && !l.body.GuestOwned {
+		grown = rec.body.setOwn
+	}
+	if err := makeDevice(ctx, s, &rec, &rec.body.deviceBody, l.Device, soon, grown); err != nil {
 		return Container{}, false, fmt.Errorf("create container %q: %w", o.Name, err)
 	}
 	s.noteExpiry(o.Name, rec.body.Expires)
@@ -104,41 +108,6 @@ func printable(labels map[string]string) []string {
 		list = append(list, shorten(k+"="+labels[k]))
 	}
 	return list
-}
-
-// makeContainer takes the snapshot and registers it; with grow, only when the file system has
-// been enlarged.
-func (s *Store) makeContainer(ctx context.Context, rec *record[containerBody], l record[layerBody], soon *catalog.Expected, grow bool) error {
-	ids, err := s.cat.Alloc(ctx, 1)
-	if err != nil {
-		return s.wrap(err)
-	}
-	rec.Device = ids[0]
-	create := []catalog.Create{{ID: ids[0], Origin: l.Device}}
-	st := catalog.Step{Creates: create, Expected: soon, Apply: func(tx *catalog.Tx) error {
-		var err error
-		if rec.body.ID, err = s.newID(tx); err != nil {
-			return err
-		}
-		return put(tx, *rec)
-	}}
-	if grow {
-		soon.End() // it takes a while
-		if err := s.cat.CreateHeld(ctx, create); err != nil {
-			return err
-		}
-		own := int64(0)
-		err := s.work(ctx, ids[0], rec.body.SizeBytes, false, func(w *work) error {
-			return s.files.Grow(ctx, w.node(), rec.body.FSType)
-		}, &own)
-		if err != nil {
-			s.cat.Abandon(ids...)
-			return err
-		}
-		rec.body.setOwn(own)
-		st.Creates, st.Consume = nil, ids
-	}
-	return s.step(ctx, st, []catalog.Record{rec.Record}, nil)
 }
 
 func checkTTL(d time.Duration) error {

@@ -82,8 +82,12 @@ func (n *SnapStore) prepare(ctx context.Context, o SnapSpec) (m SnapMount, err e
 			Owner: n.Owner(), Labels: o.Labels, OwnStale: true,
 			GuestOwned: src.body.GuestOwned || n.o.GuestOwned && !o.Unpack}}
 	rec.body.Created = rec.body.Updated
-	own, err := n.makeActive(ctx, &rec, src, soon, size > src.body.SizeBytes && !src.body.GuestOwned)
-	if err != nil {
+	var own int64 // blocks that growing took
+	var grown func(int64)
+	if size > src.body.SizeBytes && !src.body.GuestOwned {
+		grown = func(n int64) { own = n }
+	}
+	if err := makeDevice(ctx, s, &rec, &rec.body.deviceBody, src.dev, soon, grown); err != nil {
 		return m, err
 	}
 	if _, err := s.openSnap(ctx, rec, own, false); err != nil {
@@ -118,40 +122,6 @@ func (n *SnapStore) mustBeNew(name string) error {
 		return nil
 	}
 	return err
-}
-
-// makeActive takes the snapshot and registers it; with grow, only when the file system has been
-// enlarged. own are the blocks which that took.
-func (n *SnapStore) makeActive(ctx context.Context, rec *record[snapBody], src source, soon *catalog.Expected, grow bool) (own int64, err error) {
-	s := n.s
-	ids, err := s.cat.Alloc(ctx, 1)
-	if err != nil {
-		return 0, s.wrap(err)
-	}
-	rec.Device = ids[0]
-	create := []catalog.Create{{ID: ids[0], Origin: src.dev}}
-	st := catalog.Step{Creates: create, Expected: soon, Apply: func(tx *catalog.Tx) error {
-		var err error
-		if rec.body.ID, err = s.newID(tx); err != nil {
-			return err
-		}
-		return put(tx, *rec)
-	}}
-	if grow {
-		soon.End() // it takes a while
-		if err := s.cat.CreateHeld(ctx, create); err != nil {
-			return 0, err
-		}
-		err := s.work(ctx, ids[0], rec.body.SizeBytes, false, func(w *work) error {
-			return s.files.Grow(ctx, w.node(), rec.body.FSType)
-		}, &own)
-		if err != nil {
-			s.cat.Abandon(ids...)
-			return 0, fmt.Errorf("grow to %d bytes: %w", rec.body.SizeBytes, err)
-		}
-		st.Creates, st.Consume = nil, ids
-	}
-	return own, s.step(ctx, st, []catalog.Record{rec.Record}, nil)
 }
 
 // openSnap opens and exports an active snapshot's device.
