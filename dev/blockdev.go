@@ -13,7 +13,7 @@ import (
 )
 
 // A Block is a kernel block device: pread, pwrite, fdatasync, BLKDISCARD and BLKZEROOUT on one
-// descriptor, and a second one for large writes while there are syncs (see direct). Safe for concurrent use.
+// descriptor, and a second one for large writes (see direct). Safe for concurrent use.
 //
 // Requests go through the page cache, but for those, and may have any offset and length; Discard and
 // WriteZeroes need multiples of the logical sector size.
@@ -72,7 +72,9 @@ func (b *Block) init(o OpenOptions) error {
 	b.size.Store(size)
 	b.discardMax = discardMax(st.Rdev)
 	if !o.ReadOnly {
-		b.direct = newDirect(b.fd)
+		if b.direct = newDirect(b.fd); b.direct != nil {
+			b.direct.always = true
+		}
 	}
 	return nil
 }
