@@ -32,10 +32,13 @@ type queue struct {
 	ring        *uring.Ring
 	buf         *buffer // while the thread is awake
 	pace        pace
+	alone       int // how often in a row there was at most one completion
 	armed, busy int
 	err         error // of the ring: nothing can be served any more
 	stopped     bool  // the driver takes commands back
 	cmd         [ioCmdLen]byte
+
+	reap func(uring.Completion) // complete, made once
 
 	mu     sync.Mutex
 	done   []outcome // guarded by mu; of workers
@@ -45,8 +48,9 @@ type queue struct {
 
 // An outcome is what becomes of a request: its length in bytes, or a negative errno.
 type outcome struct {
-	tag uint16
-	res int32
+	tag   uint16
+	res   int32
+	times taskTimes
 }
 
 // wakeData marks the completions of the poll of wakefd; others carry a tag.
@@ -57,6 +61,7 @@ const submitAfter = 16
 
 func newQueue(s *server, n int) (*queue, error) {
 	q := &queue{s: s, n: uint16(n), tasks: make([]task, s.depth)}
+	q.reap = q.complete
 	for i := range q.tasks {
 		q.tasks[i] = task{q: q, tag: uint16(i)}
 	}
@@ -172,9 +177,12 @@ func (q *queue) submit(fn func() error) {
 }
 
 // step waits for something to do and does it. False when the queue has ended.
+//
+// One call of the kernel submits what is queued and brings what is ready. While requests come in
+// crowds it does not wait, so that the Go scheduler need not know of it; when they come one by one
+// it would only find out that there is nothing yet, and the call that waits does all.
 func (q *queue) step() bool {
-	// What is ready costs one call that does not wait.
-	if q.err == nil && q.ring.Ready() == 0 {
+	if q.err == nil && q.ring.Ready() == 0 && q.alone < aloneFor {
 		q.err = q.ring.Enter(0)
 	}
 	if q.err == nil && q.ring.Ready() == 0 {
@@ -187,7 +195,11 @@ func (q *queue) step() bool {
 		q.mu.Unlock()
 	}
 	q.pace.start()
-	q.ring.Reap(q.complete)
+	if n := q.ring.Reap(q.reap); n > 1 {
+		q.alone = 0
+	} else if q.alone < aloneFor {
+		q.alone++
+	}
 	q.takeDone(false)
 	q.mu.Lock()
 	quit := q.quit
@@ -204,6 +216,9 @@ func (q *queue) step() bool {
 	return true
 }
 
+// aloneFor is how many requests in a row must come alone until that is taken for a habit.
+const aloneFor = 4
+
 // takeDone commits what workers have finished, and says whether there was any. sleep: if there is
 // none, the thread is going to wait, and the next one wakes it.
 func (q *queue) takeDone(sleep bool) bool {
@@ -212,8 +227,12 @@ func (q *queue) takeDone(sleep bool) bool {
 	q.done = nil
 	q.asleep = sleep && len(done) == 0
 	q.mu.Unlock()
-	for _, o := range done {
-		q.commit(o.tag, o.res)
+	if len(done) > 0 {
+		now := time.Since(epoch)
+		for _, o := range done {
+			q.pace.returned(o.times, now)
+			q.commit(o.tag, o.res)
+		}
 	}
 	if done != nil {
 		q.mu.Lock()
@@ -226,9 +245,9 @@ func (q *queue) takeDone(sleep bool) bool {
 }
 
 // finish is a worker's: the request of a tag is served.
-func (q *queue) finish(tag uint16, res int32) {
+func (q *queue) finish(o outcome) {
 	q.mu.Lock()
-	q.done = append(q.done, outcome{tag, res})
+	q.done = append(q.done, o)
 	wake := q.asleep
 	q.asleep = false
 	q.mu.Unlock()
@@ -253,8 +272,7 @@ func (q *queue) wake() {
 // complete is one completion.
 func (q *queue) complete(c uring.Completion) {
 	if c.Data == wakeData {
-		var b [8]byte
-		unix.Read(q.wakefd, b[:])
+		// Each write is told, so that nobody need read the counter.
 		if !c.More() {
 			q.submit(func() error { return q.ring.Poll(q.wakefd, unix.POLLIN, wakeData) })
 		}
@@ -304,40 +322,78 @@ func (q *queue) request(tag uint16) {
 	r := decodeIODesc(q.descs[int(tag)*ioDescLen:])
 	t := &q.tasks[tag]
 	t.ioDesc = r
-	s := q.s
-	if s.try == nil || r.n > int64(s.inlineMax) || r.op > opWrite || q.pace.takeSpread(q.busy > 1) {
-		s.w.submit(t)
+	err := q.try(t)
+	if err == dev.ErrWouldBlock {
+		q.s.w.submit(t)
 		return
+	}
+	n := int32(r.n)
+	if r.op == opFlush {
+		n = 0
+	}
+	q.commit(tag, result(n, err))
+}
+
+// try serves a request on the queue's thread, or returns ErrWouldBlock if that would be wrong.
+func (q *queue) try(t *task) error {
+	s := q.s
+	if t.op == opFlush {
+		return q.tryFlush()
+	}
+	if s.try == nil || t.n > int64(s.inlineMax) || t.op > opWrite || q.pace.takeSpread(q.busy > 1) {
+		return dev.ErrWouldBlock
 	}
 	if q.buf == nil {
 		var err error
 		if q.buf, err = s.bufs.get(s.inlineMax); err != nil {
-			s.w.submit(t)
-			return
+			return dev.ErrWouldBlock
 		}
 	}
-	p := q.buf.mem[:r.n]
+	p := q.buf.mem[:t.n]
 	var err error
 	switch {
-	case r.op == opRead:
-		if err = s.try.TryReadAt(p, r.off); err == nil {
+	case t.op == opRead:
+		if err = s.try.TryReadAt(p, t.off); err == nil {
 			err = s.copyOut(t, p)
 		}
 	case s.readOnly:
 		err = dev.ErrReadOnly
-	case r.flags&flagFUA != 0:
-		err = dev.ErrWouldBlock
+	case t.flags&flagFUA != 0:
+		return dev.ErrWouldBlock
 	default:
 		if err = s.copyIn(t, p); err == nil {
-			err = s.try.TryWriteAt(p, r.off)
+			err = s.try.TryWriteAt(p, t.off)
 		}
 	}
 	if errors.Is(err, dev.ErrWouldBlock) {
-		s.w.submit(t)
-		return
+		return dev.ErrWouldBlock
 	}
-	q.pace.served(int(r.n))
-	q.commit(tag, result(int32(r.n), err))
+	q.pace.served(int(t.n))
+	return err
+}
+
+// tryFlush flushes on the queue's thread, if nothing else waits for it and flushes are as short as
+// the way to a worker and back: who writes and flushes in turn, as a database does, waits for
+// every change of threads.
+func (q *queue) tryFlush() error {
+	if q.s.flush == nil || q.busy > 1 || !q.pace.flushHere() {
+		return dev.ErrWouldBlock
+	}
+	if q.ring.Pending() > 0 { // results do not wait for the medium
+		if q.err = q.ring.Enter(0); q.err != nil {
+			return dev.ErrWouldBlock
+		}
+		if q.ring.Ready() > 0 { // neither do requests
+			return dev.ErrWouldBlock
+		}
+	}
+	q.pace.start()
+	err := q.s.flush.TryFlush()
+	if errors.Is(err, dev.ErrWouldBlock) {
+		return dev.ErrWouldBlock
+	}
+	q.pace.flushed()
+	return err
 }
 
 // result is what is committed: n, or the error.
@@ -346,46 +402,4 @@ func result(n int32, err error) int32 {
 		return -int32(errnoOf(err))
 	}
 	return n
-}
-
-// A pace watches how long requests that are served on the queue's thread take, as that of the NBD
-// server does: on a disk they would be done one after the other.
-type pace struct {
-	last   time.Duration
-	score  int
-	spread int // requests that should still go to workers
-}
-
-const (
-	slowRequest = 20 * time.Microsecond // and a nanosecond for every 4 bytes
-	scoreSlow   = 8
-	scoreSpread = 24
-	scoreMax    = 32
-	spreadFor   = 32
-)
-
-var epoch = time.Now()
-
-func (p *pace) start() { p.last = time.Since(epoch) }
-
-// takeSpread tells whether the next request should go to a worker; others are under way.
-func (p *pace) takeSpread(others bool) bool {
-	if p.spread == 0 {
-		return false
-	}
-	p.spread--
-	return others
-}
-
-func (p *pace) served(n int) {
-	now := time.Since(epoch)
-	took := now - p.last
-	p.last = now
-	if took <= slowRequest+time.Duration(n/4) {
-		p.score = max(p.score-1, 0)
-		return
-	}
-	if p.score = min(p.score+scoreSlow, scoreMax); p.score >= scoreSpread {
-		p.spread = spreadFor
-	}
 }

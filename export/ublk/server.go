@@ -29,10 +29,11 @@ type server struct {
 	id, depth int
 	fd        int // /dev/ublkcN
 	d         dev.Device
-	try       dev.Trier     // nil if d has none
-	noWait    spaceRefuser  // nil if d has none
-	zero      dev.Zeroer    // nil if d has none
-	discard   dev.Discarder // nil if d has none
+	try       dev.Trier      // nil if d has none
+	flush     dev.TryFlusher // nil if d has none
+	noWait    spaceRefuser   // nil if d has none
+	zero      dev.Zeroer     // nil if d has none
+	discard   dev.Discarder  // nil if d has none
 	readOnly  bool
 	inlineMax int // longest request served on a queue's thread, bytes
 	log       *slog.Logger
@@ -54,6 +55,7 @@ func newServer(i *devInfo, d dev.Device, readOnly bool, o *Options) (_ *server, 
 		ended: make(chan struct{}),
 	}
 	s.try, _ = d.(dev.Trier)
+	s.flush, _ = d.(dev.TryFlusher)
 	s.noWait, _ = d.(spaceRefuser)
 	s.zero, _ = d.(dev.Zeroer)
 	s.discard, _ = d.(dev.Discarder)

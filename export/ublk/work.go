@@ -3,6 +3,7 @@ package ublk
 import (
 	"errors"
 	"sync"
+	"time"
 
 	"mica/dev"
 
@@ -25,6 +26,8 @@ type task struct {
 	next *task
 	// refuse: half of the device's places wait, maybe for space: this write does not.
 	refuse bool
+
+	submitted time.Duration // since epoch; 0: it had to wait for its turn
 }
 
 // Classes of tasks.
@@ -89,7 +92,11 @@ func (w *workers) submit(t *task) {
 		l.tail.next = t
 	}
 	l.tail = t
+	t.submitted = 0
 	if w.running < maxWorkers && w.fitsLocked(c) {
+		if l.head == t {
+			t.submitted = time.Since(epoch)
+		}
 		w.running++
 		go w.start()
 	}
@@ -126,7 +133,11 @@ func (w *workers) work() {
 		w.held[c] += n
 		w.mu.Unlock()
 
-		res := w.s.do(t)
+		o := outcome{tag: t.tag}
+		if t.submitted != 0 {
+			o.times = taskTimes{submitted: t.submitted, begun: time.Since(epoch), flush: t.op == opFlush}
+		}
+		o.res = w.s.do(t)
 		w.mu.Lock()
 		w.serving[c]--
 		w.held[c] -= n
@@ -134,7 +145,10 @@ func (w *workers) work() {
 			w.waiting--
 		}
 		w.mu.Unlock()
-		t.q.finish(t.tag, res)
+		if t.submitted != 0 {
+			o.times.ended = time.Since(epoch)
+		}
+		t.q.finish(o)
 		w.mu.Lock()
 	}
 	w.running--

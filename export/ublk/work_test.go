@@ -201,24 +201,6 @@ func TestIdleHoldsNoBuffers(t *testing.T) {
 	})
 }
 
-func TestPace(t *testing.T) {
-	var p pace
-	for range 100 {
-		p.start()
-		p.served(4096)
-	}
-	if p.spread != 0 {
-		t.Error("fast requests go to workers")
-	}
-	for range 3 {
-		p.last = time.Since(epoch) - time.Millisecond
-		p.served(4096)
-	}
-	if p.spread == 0 || !p.takeSpread(true) || p.takeSpread(false) {
-		t.Error("slow requests do not go to workers")
-	}
-}
-
 func TestBuffers(t *testing.T) {
 	var p buffers
 	for _, n := range []int{1, 16 << 10, 16<<10 + 1, maxIO} {
