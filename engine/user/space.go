@@ -157,7 +157,7 @@ const metaTries = 1000
 
 // waitMeta commits, which may free metadata blocks, and fails if that did not help: when there are
 // too few for one change. What others have pending takes blocks for the worst case only, which
-// their commit gives back.
+// their commit gives back; so it is told by a look at which nobody has anything under way.
 func (p *Pool) waitMeta() error {
 	for try := 0; ; try++ {
 		if p.uncommitted() {
@@ -165,10 +165,13 @@ func (p *Pool) waitMeta() error {
 				return err
 			}
 		}
-		if p.meta.CanAdmit(int(p.pending.Load())+1, false) {
+		gen, quiet := p.commits.open.Load(), p.commits.still() && !p.uncommitted()
+		others := int(p.pending.Load())
+		if p.meta.CanAdmit(others+1, false) {
 			return nil
 		}
-		if others := p.pending.Load() > 0; !others || try == metaTries {
+		alone := others == 0 && quiet && !p.uncommitted() && p.commits.open.Load() == gen
+		if alone || try == metaTries {
 			err := p.noMetaError()
 			p.noMetaSpace(err)
 			return err
