@@ -28,6 +28,10 @@ type AttachOptions struct {
 	// SectorSize is the node's logical sector size in bytes: 512 to 4096, a power of two; 0 is
 	// 512. The device's size must be a multiple of it.
 	SectorSize int
+	// DirtyBytes bounds what the kernel keeps of writes to the node until it writes them back,
+	// where it can (Linux 6.2); 0: as much as it likes. What is written in one go and then
+	// unmounted is written back meanwhile, not in the end.
+	DirtyBytes int64
 }
 
 // An Attachment is one exported device.

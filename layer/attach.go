@@ -56,11 +56,12 @@ func (s *Store) liveOf(id string) *live {
 
 // openLive opens a device and exports it under id. adopt: a predecessor's node is still there.
 func (s *Store) openLive(ctx context.Context, id string, dev thin.DevID, size, own int64, a attachBody, adopt bool) (*live, error) {
-	return s.openNoting(ctx, id, dev, size, own, a, adopt, "", nil)
+	return s.openNoting(ctx, id, dev, size, own, a, adopt, 0, "", nil)
 }
 
-// openNoting is openLive for a snapshot; lost, if not nil, is told of the first write that fails.
-func (s *Store) openNoting(ctx context.Context, id string, dev thin.DevID, size, own int64, a attachBody, adopt bool, snap string, lost func(error)) (*live, error) {
+// openNoting is openLive for a snapshot; dirty bounds what waits for write-back, bytes (0: the kernel's own bound);
+// lost, if not nil, is told of the first write that fails.
+func (s *Store) openNoting(ctx context.Context, id string, dev thin.DevID, size, own int64, a attachBody, adopt bool, dirty int64, snap string, lost func(error)) (*live, error) {
 	l := &live{id: id, dev: dev, as: a.As, ro: a.ReadOnly, own: own, end: make(chan struct{})}
 	var err error
 	l.t, err = s.pool.Open(ctx, dev, engine.OpenOptions{SizeBytes: size, ReadOnly: a.ReadOnly})
@@ -83,7 +84,7 @@ func (s *Store) openNoting(ctx context.Context, id string, dev thin.DevID, size,
 	case adopt:
 		l.a, err = s.o.Exporter.Adopt(ctx, id, served)
 	default:
-		l.a, err = s.o.Exporter.Attach(ctx, id, served, export.AttachOptions{ReadOnly: a.ReadOnly})
+		l.a, err = s.o.Exporter.Attach(ctx, id, served, export.AttachOptions{ReadOnly: a.ReadOnly, DirtyBytes: dirty})
 	}
 	if err != nil {
 		l.closeDevice()

@@ -90,7 +90,11 @@ func (n *SnapStore) prepare(ctx context.Context, o SnapSpec) (m SnapMount, err e
 	if err := makeDevice(ctx, s, &rec, &rec.body.deviceBody, src.dev, soon, grown); err != nil {
 		return m, err
 	}
-	if _, err := s.openSnap(ctx, rec, own, false); err != nil {
+	dirty := int64(0)
+	if o.Unpack {
+		dirty = bulkDirty
+	}
+	if _, err := s.openSnap(ctx, rec, own, false, dirty); err != nil {
 		cctx, cancel := s.short(ctx)
 		defer cancel()
 		return m, errors.Join(fmt.Errorf("attach: %w", err), n.drop(cctx, rec, nil))
@@ -125,10 +129,10 @@ func (n *SnapStore) mustBeNew(name string) error {
 }
 
 // openSnap opens and exports an active snapshot's device.
-func (s *Store) openSnap(ctx context.Context, r record[snapBody], own int64, adopt bool) (*live, error) {
+func (s *Store) openSnap(ctx context.Context, r record[snapBody], own int64, adopt bool, dirty int64) (*live, error) {
 	key := r.Key
 	lost := func(err error) { s.noteLostWrites(key, r.Device, err) }
-	return s.openNoting(ctx, r.body.ID, r.Device, r.body.SizeBytes, own, *r.body.Attach, adopt, r.Ref(), lost)
+	return s.openNoting(ctx, r.body.ID, r.Device, r.body.SizeBytes, own, *r.body.Attach, adopt, dirty, r.Ref(), lost)
 }
 
 // noteLostWrites writes down that a write to a snapshot's device failed, so that it is not
@@ -212,7 +216,7 @@ func (n *SnapStore) mountAgain(ctx context.Context, name string) (m SnapMount, e
 			return m, err
 		}
 	}
-	if _, err := s.openSnap(ctx, r, own, false); err != nil {
+	if _, err := s.openSnap(ctx, r, own, false, 0); err != nil {
 		return m, fmt.Errorf("attach: %w", err)
 	}
 	return n.snapMount(r)

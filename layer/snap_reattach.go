@@ -87,7 +87,7 @@ func (s *Store) reattachSnaps(ctx context.Context, survivors []string, note func
 			if !ok {
 				own = -1
 			}
-			if _, err := s.openSnap(ctx, r, own, adopt); err != nil {
+			if _, err := s.openSnap(ctx, r, own, adopt, 0); err != nil {
 				s.log.Error("node did not come back", "snapshot", r.Key, "adopted", adopt, "err", err)
 				note(r.body.ID, false)
 			}

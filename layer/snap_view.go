@@ -129,7 +129,7 @@ func (s *Store) openExport(ctx context.Context, ex record[exportBody]) error {
 }
 
 func (s *Store) openShared(ctx context.Context, b exportBody, adopt bool) error {
-	_, err := s.openNoting(ctx, b.ID, b.Device, b.SizeBytes, 0, attachBody{As: AsBlock, ReadOnly: true}, adopt, exportLock(b.Device), nil)
+	_, err := s.openNoting(ctx, b.ID, b.Device, b.SizeBytes, 0, attachBody{As: AsBlock, ReadOnly: true}, adopt, 0, exportLock(b.Device), nil)
 	return err
 }
 

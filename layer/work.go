@@ -69,6 +69,10 @@ func (s *Store) noSpace(ctx context.Context, err error) error {
 // done so by then, and the operation can be repeated.
 const workSpaceWait = 5 * time.Second
 
+// bulkDirty is how many bytes of what is written in one go, and then detached, wait in memory:
+// half of a layer's write-back is over when its last file is written.
+const bulkDirty = 32 << 20
+
 func (s *Store) openWork(ctx context.Context, id thin.DevID, size int64, readOnly bool) (*work, error) {
 	s.mu.Lock()
 	s.workSeq++
@@ -78,7 +82,7 @@ func (s *Store) openWork(ctx context.Context, id thin.DevID, size int64, readOnl
 	if err != nil {
 		return nil, err
 	}
-	a, err := s.o.Exporter.Attach(ctx, name, t, export.AttachOptions{ReadOnly: readOnly})
+	a, err := s.o.Exporter.Attach(ctx, name, t, export.AttachOptions{ReadOnly: readOnly, DirtyBytes: bulkDirty})
 	if err != nil {
 		t.Close()
 		return nil, fmt.Errorf("attach device %d: %w", id, err)

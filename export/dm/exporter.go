@@ -230,6 +230,7 @@ func (e *Exporter) attach(name string, d dev.Device, n export.Noder, o export.At
 	if err := checkSector(r.Dev, o.SectorSize); err != nil {
 		return nil, err
 	}
+	node.LimitDirty(r.Node, o.DirtyBytes)
 	return e.give(name, d, n, r)
 }
 

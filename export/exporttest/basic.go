@@ -4,6 +4,8 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"path/filepath"
+	"strings"
 	"testing"
 	"time"
 
@@ -48,6 +50,34 @@ func testSizes(t *testing.T, d Driver) {
 			}
 			same(t, "last sector", contents(t, m, c.size-int64(sector), sector), b)
 		})
+	}
+}
+
+// testDirtyBytes: what waits for write-back is bounded as asked for, and not for who gets the minor next.
+func testDirtyBytes(t *testing.T, d Driver) {
+	r := newRig(t, d)
+	for i, want := range []int64{32 << 20, 0, 64 << 20} {
+		a := r.attach(fmt.Sprint("d", i), newDisk(1<<20), export.AttachOptions{DirtyBytes: want})
+		real, err := filepath.EvalSymlinks(a.Node())
+		if err != nil {
+			t.Fatal(err)
+		}
+		bdi := filepath.Join("/sys/block", filepath.Base(real), "bdi")
+		strict, err := os.ReadFile(filepath.Join(bdi, "strict_limit"))
+		if err != nil {
+			t.Skipf("SKIPPED: no bound of dirty pages for a device (before Linux 6.2): %v", err)
+		}
+		if got := strings.TrimSpace(string(strict)) == "1"; got != (want > 0) {
+			t.Errorf("%d bytes asked for: a bound of its own is %v", want, got)
+		}
+		// The kernel keeps a share of all memory, in millionths.
+		var has int64
+		if b, err := os.ReadFile(filepath.Join(bdi, "max_bytes")); err != nil {
+			t.Error(err)
+		} else if fmt.Sscan(string(b), &has); want > 0 && (has < want/2 || has > want*2) {
+			t.Errorf("%d bytes asked for, the bound is %d", want, has)
+		}
+		r.detach(a)
 	}
 }
 

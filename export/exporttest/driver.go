@@ -121,7 +121,7 @@ func Run(t *testing.T, d Driver) {
 		name string
 		fn   func(*testing.T, Driver)
 	}{
-		{"sizes", testSizes}, {"refused", testRefused}, {"alignment", testAlignment}, {"resize", testResize},
+		{"sizes", testSizes}, {"refused", testRefused}, {"dirty bytes", testDirtyBytes}, {"alignment", testAlignment}, {"resize", testResize},
 		{"read-only", testReadOnly}, {"zeroes", testZeroes}, {"flush", testFlush}, {"forced writes", testForced},
 		{"no garbage", testNoGarbage}, {"concurrent", testConcurrent}, {"inline", testInline}, {"errors", testErrors}, {"waiting writes", testWaiting},
 		{"busy", testBusy}, {"mounted", testMounted}, {"detach goes on", testDetachGoesOn}, {"links", testLinks},

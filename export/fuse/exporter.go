@@ -243,6 +243,7 @@ func (e *Exporter) attach(ctx context.Context, name string, d dev.Device, o expo
 	if a.rec.Loop, err = e.attachLoop(ctx, a, loop.Config{Backing: e.backing(name), ReadOnly: o.ReadOnly, SectorSize: o.SectorSize}); err != nil {
 		return nil, err
 	}
+	node.LimitDirty(a.rec.Loop.Node, o.DirtyBytes)
 	e.reap.used(a.rec.Loop)
 	a.rec.Live, a.rec.Helper = true, 0
 	if e.held(a.rec) {

@@ -169,6 +169,7 @@ func (e *Exporter[R, N]) Attach(name string, d dev.Device, o export.AttachOption
 			return nil, err
 		}
 		a.N, a.path, a.shape = n, rec.Path(), rec.Common()
+		node.LimitDirty(a.path, o.DirtyBytes)
 		return a, nil
 	})
 	if err != nil {
