@@ -20,25 +20,8 @@ import (
 
 	"mica/daemon/api"
 	"mica/daemon/client"
-	"mica/export/holder"
 	"mica/internal/testbox"
 )
-
-// needMachine skips a test that needs what an unprivileged container does not have.
-func needMachine(t *testing.T) {
-	t.Helper()
-	if os.Geteuid() != 0 {
-		t.Skip("SKIPPED: needs root, for mounts and loop devices")
-	}
-	for _, f := range []string{"/dev/fuse", "/dev/loop-control"} {
-		if _, err := os.Stat(f); err != nil {
-			t.Skipf("SKIPPED: needs %s: %v", f, err)
-		}
-	}
-	if _, err := exec.LookPath("mkfs.ext4"); err != nil {
-		t.Skip("SKIPPED: needs mkfs.ext4 (e2fsprogs)")
-	}
-}
 
 // A box is a place for a daemon with its own ROOT and RUN, and the program to run there.
 type box struct {
@@ -53,12 +36,8 @@ type box struct {
 
 // newBox makes a box in memory. At the end of the test everything in it is taken down.
 func newBox(t *testing.T) *box {
-	needMachine(t)
-	base := "/dev/shm"
-	if _, err := os.Stat(base); err != nil {
-		base = os.TempDir()
-	}
-	dir, err := os.MkdirTemp(base, "mica-e2e-")
+	testbox.Need(t)
+	dir, err := os.MkdirTemp("/dev/shm", "mica-e2e-")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -128,10 +107,9 @@ func (b *box) start() {
 // stop ends the daemon with a signal and waits for it. The exit code is returned, -1 for a kill.
 func (b *box) stop(sig os.Signal) int {
 	b.Helper()
-	if err := b.serve.Process.Signal(sig); err != nil {
-		b.Fatal(err)
-	}
-	return b.waitEnd()
+	code := b.daemon.Stop(b, sig)
+	b.serve = nil
+	return code
 }
 
 func (b *box) waitEnd() int {
@@ -168,10 +146,7 @@ func (b *box) takeDown() {
 			b.serve.Process.Kill()
 		}
 	}
-	if c, err := holder.Dial(filepath.Join(b.run, "holder.sock")); err == nil {
-		c.Quit(true)
-		c.Close()
-	}
+	testbox.QuitHolder(b.run)
 	if text := b.logText(); strings.Contains(text, "DATA RACE") || strings.Contains(text, "panic") {
 		b.Errorf("the daemon:\n%s", text)
 	}

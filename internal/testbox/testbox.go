@@ -9,13 +9,33 @@ import (
 	"errors"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"strings"
 	"syscall"
 	"testing"
 	"time"
 
 	"mica/daemon/client"
+	"mica/export/holder"
 )
+
+// Need skips a test that needs what an unprivileged container does not have, or a program.
+func Need(t testing.TB, programs ...string) {
+	t.Helper()
+	if os.Geteuid() != 0 {
+		t.Skip("SKIPPED: needs root, for mounts, loop devices and other users")
+	}
+	for _, f := range []string{"/dev/fuse", "/dev/loop-control", "/dev/shm"} {
+		if _, err := os.Stat(f); err != nil {
+			t.Skipf("SKIPPED: needs %s: %v", f, err)
+		}
+	}
+	for _, n := range append(programs, "mkfs.ext4") {
+		if _, err := exec.LookPath(n); err != nil {
+			t.Skipf("SKIPPED: needs %s: %v", n, err)
+		}
+	}
+}
 
 // Limits of one command, and of a daemon's start and end.
 const (
@@ -99,6 +119,23 @@ func (d *Daemon) WaitEnd(t testing.TB) int {
 		t.Fatal("the daemon does not end")
 	}
 	return d.Cmd.ProcessState.ExitCode()
+}
+
+// Stop ends the daemon with a signal and waits for it. The exit code is returned, -1 after a signal.
+func (d *Daemon) Stop(t testing.TB, sig os.Signal) int {
+	t.Helper()
+	if err := d.Cmd.Process.Signal(sig); err != nil {
+		t.Fatal(err)
+	}
+	return d.WaitEnd(t)
+}
+
+// QuitHolder ends the holder that a daemon with the directory RUN has left.
+func QuitHolder(run string) {
+	if c, err := holder.Dial(filepath.Join(run, "holder.sock")); err == nil {
+		c.Quit(true)
+		c.Close()
+	}
 }
 
 // Log is the end of a log.

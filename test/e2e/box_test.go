@@ -49,24 +49,6 @@ func runTests(m *testing.M) int {
 	return m.Run()
 }
 
-// needMachine skips a test that needs what an unprivileged container does not have.
-func needMachine(t *testing.T, tools ...string) {
-	t.Helper()
-	if os.Geteuid() != 0 {
-		t.Skip("SKIPPED: needs root, for mounts and loop devices")
-	}
-	for _, f := range []string{"/dev/fuse", "/dev/loop-control", "/dev/shm"} {
-		if _, err := os.Stat(f); err != nil {
-			t.Skipf("SKIPPED: needs %s: %v", f, err)
-		}
-	}
-	for _, n := range append(tools, "mkfs.ext4", "e2fsck") {
-		if _, err := exec.LookPath(n); err != nil {
-			t.Skipf("SKIPPED: needs %s: %v", n, err)
-		}
-	}
-}
-
 // marker is in the environment of everything that a box starts, so that all of it can be found.
 const marker = "MICA_E2E_BOX="
 
@@ -87,7 +69,7 @@ type box struct {
 // newBox makes a box. At the end of the test everything in it is taken down and looked at.
 func newBox(t *testing.T, tools ...string) *box {
 	t.Helper()
-	needMachine(t, tools...)
+	testbox.Need(t, append(tools, "e2fsck")...)
 	dir, err := os.MkdirTemp("/dev/shm", fmt.Sprintf("mica-e2e-%d-", os.Getpid()))
 	if err != nil {
 		t.Fatal(err)
@@ -228,10 +210,9 @@ func (b *box) start() {
 // stop ends the daemon with a signal and waits for it. The exit code is returned, -1 for a kill.
 func (b *box) stop(sig os.Signal) int {
 	b.Helper()
-	if err := b.serve.Process.Signal(sig); err != nil {
-		b.Fatal(err)
-	}
-	return b.waitEnd()
+	code := b.daemon.Stop(b, sig)
+	b.serve = nil
+	return code
 }
 
 func (b *box) waitEnd() int {

@@ -9,7 +9,6 @@ import (
 	"crypto/sha256"
 	"encoding/hex"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"os"
 	"os/exec"
@@ -23,7 +22,7 @@ import (
 
 	"mica/daemon/api"
 	"mica/daemon/client"
-	"mica/export/holder"
+	"mica/internal/testbox"
 )
 
 // program is the real binary, built once, where every user can run it.
@@ -64,23 +63,12 @@ type box struct {
 	dir, root, run string
 	config         string
 	umask          int
-	serve          *exec.Cmd
-	exited         chan error
+	daemon         *testbox.Daemon // nil: none runs
 }
 
 func newBox(t *testing.T) *box {
 	t.Helper()
-	if os.Geteuid() != 0 {
-		t.Skip("SKIPPED: needs root, for mounts, loop devices and other users")
-	}
-	for _, f := range []string{"/dev/fuse", "/dev/loop-control", "/dev/shm"} {
-		if _, err := os.Stat(f); err != nil {
-			t.Skipf("SKIPPED: needs %s: %v", f, err)
-		}
-	}
-	if _, err := exec.LookPath("mkfs.ext4"); err != nil {
-		t.Skip("SKIPPED: needs mkfs.ext4 (e2fsprogs)")
-	}
+	testbox.Need(t)
 	dir, err := os.MkdirTemp("/dev/shm", "mica-security-")
 	if err != nil {
 		t.Fatal(err)
@@ -118,25 +106,9 @@ func as(c *exec.Cmd, uid uint32, groups ...uint32) *exec.Cmd {
 	return c
 }
 
-func (b *box) try(c *exec.Cmd) (stdout, stderr string, code int) {
-	b.Helper()
-	var o, e bytes.Buffer
-	c.Stdout, c.Stderr = &o, &e
-	if err := c.Start(); err != nil {
-		b.Fatal(err)
-	}
-	timer := time.AfterFunc(30*time.Second, func() { c.Process.Signal(syscall.SIGQUIT) })
-	defer timer.Stop()
-	var exit *exec.ExitError
-	if err := c.Wait(); err != nil && !errors.As(err, &exit) {
-		b.Fatal(err)
-	}
-	return o.String(), e.String(), c.ProcessState.ExitCode()
-}
-
 func (b *box) mica(args ...string) string {
 	b.Helper()
-	out, stderr, code := b.try(b.command(args...))
+	out, stderr, code := testbox.Run(b, b.command(args...))
 	if code != 0 {
 		b.Fatalf("mica %q: exit status %d\n%s\ndaemon:\n%s", args, code, stderr, b.log())
 	}
@@ -146,7 +118,7 @@ func (b *box) mica(args ...string) string {
 // refused: the command fails with an error of its own, and says all the words.
 func (b *box) refused(c *exec.Cmd, words ...string) {
 	b.Helper()
-	out, stderr, code := b.try(c)
+	out, stderr, code := testbox.Run(b, c)
 	if code != 1 && code != 2 {
 		b.Errorf("%q: exit status %d, want 1 or 2\n%s%s", c.Args[1:], code, out, stderr)
 	}
@@ -165,63 +137,31 @@ func (b *box) serveCommand() *exec.Cmd {
 	return b.command("serve", "--root", b.root, "--run", b.run, "--config", b.write("config.toml", b.config))
 }
 
-// start starts the daemon with the box's umask and waits until it answers.
+// start starts the daemon with the box's umask and waits until it answers and has its base.
 func (b *box) start() {
 	b.Helper()
-	c := b.serveCommand()
-	log, err := os.OpenFile(b.path("log"), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
-	if err != nil {
-		b.Fatal(err)
-	}
-	defer log.Close()
-	c.Stderr = log
-	old := syscall.Umask(b.umask)
-	err = c.Start()
-	syscall.Umask(old)
-	if err != nil {
-		b.Fatal(err)
-	}
-	b.serve, b.exited = c, make(chan error, 1)
-	exited := b.exited
-	go func() { exited <- c.Wait() }()
-	cl := client.New(b.run)
-	defer cl.Close()
-	for end := time.Now().Add(30 * time.Second); ; {
-		if st, err := cl.Status(context.Background()); err == nil && st.PID == c.Process.Pid && st.Store.BaseReady {
-			return
-		}
-		select {
-		case err := <-exited:
-			exited <- err
-			b.Fatalf("the daemon ended: %v\n%s", err, b.log())
-		case <-time.After(20 * time.Millisecond):
-		}
-		if time.Now().After(end) {
-			b.Fatalf("the daemon does not answer\n%s", b.log())
-		}
-	}
+	defer syscall.Umask(syscall.Umask(b.umask))
+	b.daemon = testbox.Start(b, b.serveCommand(), b.path("log"), b.run)
+	c := b.client()
+	defer c.Close()
+	testbox.Eventually(b, "the base is ready", func() bool {
+		st, err := c.Status(context.Background())
+		return err == nil && st.Store.BaseReady
+	})
 }
+
+func (b *box) client() *client.Client { return client.New(b.run) }
 
 func (b *box) stop(sig os.Signal) {
 	b.Helper()
-	if b.serve == nil {
-		return
+	if b.daemon != nil {
+		d := b.daemon
+		b.daemon = nil
+		d.Stop(b, sig)
 	}
-	b.serve.Process.Signal(sig)
-	select {
-	case <-b.exited:
-	case <-time.After(60 * time.Second):
-		b.Errorf("the daemon does not end\n%s", b.log())
-		b.serve.Process.Kill()
-		<-b.exited
-	}
-	b.serve = nil
 }
 
-func (b *box) log() string {
-	t, _ := os.ReadFile(b.path("log"))
-	return string(t)
-}
+func (b *box) log() string { return testbox.Log(b.path("log")) }
 
 func (b *box) status() (st api.Status) {
 	b.Helper()
@@ -256,19 +196,22 @@ func (b *box) takeDown() {
 	if b.Failed() {
 		b.Logf("daemon:\n%s", b.log())
 	}
-	for _, m := range b.mounts() {
+	for _, m := range testbox.Mounts(b.dir) {
 		unix.Unmount(m, unix.MNT_DETACH)
 	}
-	if b.serve != nil {
+	if b.daemon != nil {
 		b.command("shutdown").Run()
-		b.stop(syscall.SIGTERM)
+		select {
+		case <-b.daemon.Exited:
+		case <-time.After(testbox.DaemonLimit):
+			b.Errorf("the daemon does not end\n%s", b.log())
+			b.daemon.Cmd.Process.Kill()
+			<-b.daemon.Exited
+		}
 	}
-	if c, err := holder.Dial(filepath.Join(b.run, "holder.sock")); err == nil {
-		c.Quit(true)
-		c.Close()
-	}
+	testbox.QuitHolder(b.run)
 	for range 50 {
-		for _, m := range b.mounts() {
+		for _, m := range testbox.Mounts(b.dir) {
 			unix.Unmount(m, unix.MNT_DETACH)
 		}
 		if os.RemoveAll(b.dir) == nil {
@@ -277,19 +220,6 @@ func (b *box) takeDown() {
 		time.Sleep(100 * time.Millisecond)
 	}
 	b.Errorf("%s cannot be removed", b.dir)
-}
-
-// mounts are those below the box, the last first.
-func (b *box) mounts() []string {
-	text, _ := os.ReadFile("/proc/self/mountinfo")
-	var out []string
-	for line := range strings.Lines(string(text)) {
-		f := strings.Fields(line)
-		if len(f) > 4 && strings.HasPrefix(f[4], b.dir+"/") {
-			out = append([]string{f[4]}, out...)
-		}
-	}
-	return out
 }
 
 // image imports an image "small" with a file and a setuid program.

@@ -9,6 +9,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"mica/internal/testbox"
 )
 
 // writeNBD writes bytes at an offset of an NBD export with another project's client.
@@ -45,7 +47,7 @@ func TestGuestOwnedIsNeverMounted(t *testing.T) {
 	trusted := func(args ...string) {
 		t.Helper()
 		// A clean error of a file system that cannot be used, not "a guest wrote it".
-		_, stderr, code := b.try(b.command(append(args, "--trust-guest")...))
+		_, stderr, code := testbox.Run(b, b.command(append(args, "--trust-guest")...))
 		if code != 1 || !strings.Contains(stderr, "ext4") && !strings.Contains(stderr, "file system") || strings.Contains(stderr, "--trust-guest") {
 			t.Errorf("%q --trust-guest: exit status %d, %s", args, code, stderr)
 		}
@@ -79,7 +81,7 @@ func TestGuestOwnedIsNeverMounted(t *testing.T) {
 	trusted("commit", "vm", "trusted")
 	b.mica("rollback", "vm", "attached")
 	b.refused(b.command("mount", "vm"), "guest")
-	if m := b.mounts(); len(m) > 0 {
+	if m := testbox.Mounts(b.dir); len(m) > 0 {
 		for _, dir := range m {
 			if !strings.Contains(dir, "/fuse/") {
 				t.Errorf("mounted: %q", m)

@@ -10,6 +10,8 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+
+	"mica/internal/testbox"
 )
 
 // want are the modes of what a daemon has, by path below the box. What is not named may have no
@@ -232,7 +234,7 @@ func TestGroup(t *testing.T) {
 	if s := st.Sys().(*syscall.Stat_t); st.Mode() != fs.ModeSocket|0o660 || s.Uid != 0 || s.Gid != group {
 		t.Errorf("mica.sock: mode %v, owner %d:%d", st.Mode(), s.Uid, s.Gid)
 	}
-	if out, stderr, code := b.try(as(b.command("status"), nobody, group)); code != 0 || !strings.Contains(out, "Pool") {
+	if out, stderr, code := testbox.Run(b, as(b.command("status"), nobody, group)); code != 0 || !strings.Contains(out, "Pool") {
 		t.Errorf("status as a member of the group: exit status %d, %s", code, stderr)
 	}
 	b.refused(as(b.command("status"), nobody), "permission")

@@ -213,7 +213,7 @@ func TestNothingListensOnTheNetwork(t *testing.T) {
 	b.mica("attach", "vm", "--as", "nbd")
 	inodes := map[string]bool{}
 	for _, f := range []string{"tcp", "tcp6", "udp", "udp6", "raw", "raw6"} {
-		text, err := os.ReadFile(fmt.Sprintf("/proc/%d/net/%s", b.serve.Process.Pid, f))
+		text, err := os.ReadFile(fmt.Sprintf("/proc/%d/net/%s", b.daemon.Cmd.Process.Pid, f))
 		if err != nil {
 			continue
 		}
@@ -223,13 +223,13 @@ func TestNothingListensOnTheNetwork(t *testing.T) {
 			}
 		}
 	}
-	fds, err := os.ReadDir(fmt.Sprintf("/proc/%d/fd", b.serve.Process.Pid))
+	fds, err := os.ReadDir(fmt.Sprintf("/proc/%d/fd", b.daemon.Cmd.Process.Pid))
 	if err != nil {
 		t.Fatal(err)
 	}
 	sockets := 0
 	for _, fd := range fds {
-		to, _ := os.Readlink(fmt.Sprintf("/proc/%d/fd/%s", b.serve.Process.Pid, fd.Name()))
+		to, _ := os.Readlink(fmt.Sprintf("/proc/%d/fd/%s", b.daemon.Cmd.Process.Pid, fd.Name()))
 		if strings.HasPrefix(to, "socket:") {
 			sockets++
 		}

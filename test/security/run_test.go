@@ -5,6 +5,8 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+
+	"mica/internal/testbox"
 )
 
 // TestHostileRun: a directory that others could prepare is not used for ROOT or RUN; the error says
@@ -95,7 +97,7 @@ func TestLinksInTheWay(t *testing.T) {
 	// The place of a mount: a link is resolved by the kernel; the command must say so or use it as
 	// what it is, never make or remove anything there.
 	link(b, out, filepath.Join(b.run, "mnt", "web"), 0)
-	if _, stderr, code := b.try(b.command("mount", "web")); code == 0 {
+	if _, stderr, code := testbox.Run(b, b.command("mount", "web")); code == 0 {
 		b.mica("umount", "web")
 	} else if strings.Contains(stderr, "goroutine") {
 		t.Error(stderr)
