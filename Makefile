@@ -61,9 +61,13 @@ bench:
 	@$(if $(BENCHVM),$(GO) run ./internal/cmd/benchvm -o $(BENCHOUT)/vm.json || echo "bench: the part in the emulator is left out" >&2)
 	@bin/mica-bench bench --out $(BENCHOUT) $$([ ! -f $(BENCHOUT)/vm.json ] || echo --with $(BENCHOUT)/vm.json) $(BENCHFLAGS)
 
-# The benchmarks beside the code, in the form that benchstat reads.
+# The benchmarks beside the code, in the form that benchstat reads. A look at a part of them:
+# make microbench PACKAGES=./engine/user BENCH=Flush BENCHTIME=100ms; to compare two states: BENCHCOUNT=10.
+BENCH ?= .
+BENCHTIME ?= 1s
+BENCHCOUNT ?= 1
 microbench:
-	@$(GO) test -run '^$$' -bench . -benchmem -p 1 $(PACKAGES)
+	@$(GO) test -run '^$$' -bench '$(BENCH)' -benchtime $(BENCHTIME) -count $(BENCHCOUNT) -benchmem -timeout 60m -p 1 $(PACKAGES)
 
 lint:
 	@out=$$(gofmt -l $$(git ls-files '*.go')); [ -z "$$out" ] || { echo "not formatted:"; echo "$$out"; exit 1; }
