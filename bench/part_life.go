@@ -21,7 +21,7 @@ const aboutLife = "containerd's snapshotter interface: prepare a snapshot of an 
 
 var lifePart = part{
 	id: "life", title: "Life of a container",
-	about: aboutLife + "An image of ten layers and 500 MB is unpacked layer by layer, in sequence, with containerd's own code.",
+	about: aboutLife + "An image of ten layers and 500 MB, compressed, is unpacked layer by layer, in sequence, with containerd's own code.",
 	run: func(ctx context.Context, r *runner) error {
 		if err := r.life(ctx, "life", 10, 1); err != nil {
 			return err
