@@ -19,6 +19,7 @@ import (
 
 	"mica/dev"
 	"mica/export"
+	"mica/export/keep"
 	"mica/export/node"
 )
 
@@ -41,10 +42,10 @@ type Exporter struct {
 	links node.Dir
 	log   *slog.Logger
 
-	mu     sync.Mutex
-	atts   map[string]*attachment // guarded by mu; nil value: being attached
-	old    map[string]record      // survivors; guarded by mu
-	closed bool                   // guarded by mu
+	names keep.Names[attachment]
+
+	mu  sync.Mutex
+	old map[string]record // survivors; guarded by mu
 }
 
 var _ export.Exporter = (*Exporter)(nil)
@@ -69,7 +70,7 @@ func New(o Options) (*Exporter, error) {
 	if o.Logger == nil {
 		o.Logger = slog.Default()
 	}
-	e := &Exporter{o: o, dir: filepath.Join(o.RunDir, "dm"), log: o.Logger, atts: map[string]*attachment{}, old: map[string]record{}}
+	e := &Exporter{o: o, dir: filepath.Join(o.RunDir, "dm"), log: o.Logger, old: map[string]record{}}
 	if err := os.MkdirAll(e.dir, 0o700); err != nil {
 		return nil, fmt.Errorf("dm exporter: %w", err)
 	}
@@ -173,43 +174,17 @@ func recordOf(path string, readOnly bool) (record, error) {
 // Kind is "dm".
 func (e *Exporter) Kind() string { return "dm" }
 
-func (e *Exporter) claim(name string) error {
-	if err := node.CheckID(name); err != nil {
-		return err
-	}
-	e.mu.Lock()
-	defer e.mu.Unlock()
-	if e.closed {
-		return dev.ErrClosed
-	}
-	if _, ok := e.atts[name]; ok {
-		return export.ErrExists
-	}
-	e.atts[name] = nil
-	return nil
-}
-
-func (e *Exporter) settle(name string, a *attachment) {
-	e.mu.Lock()
-	defer e.mu.Unlock()
-	if a == nil {
-		delete(e.atts, name)
-	} else {
-		e.atts[name] = a
-	}
-}
-
 // Attach gives the node of d out. Sectors are those of the pool's data device.
 func (e *Exporter) Attach(_ context.Context, name string, d dev.Device, o export.AttachOptions) (export.Attachment, error) {
 	n, ok := d.(export.Noder)
 	if !ok {
 		return nil, fmt.Errorf("attach %q: the device has no node of its own: %w", name, dev.ErrUnsupported)
 	}
-	if err := e.claim(name); err != nil {
+	if err := e.names.Claim(name); err != nil {
 		return nil, fmt.Errorf("attach %q: %w", name, err)
 	}
 	a, err := e.attach(name, d, n, o)
-	e.settle(name, a)
+	e.names.Settle(name, a)
 	if err != nil {
 		return nil, fmt.Errorf("attach %q: %w", name, err)
 	}
@@ -283,7 +258,7 @@ func (e *Exporter) Adopt(_ context.Context, name string, d dev.Device) (export.A
 	if !ok {
 		return nil, fmt.Errorf("adopt %q: %w", name, export.ErrNotFound)
 	}
-	if err := e.claim(name); err != nil {
+	if err := e.names.Claim(name); err != nil {
 		return nil, fmt.Errorf("adopt %q: %w", name, err)
 	}
 	err := n.AdoptNode(r.Node)
@@ -296,7 +271,7 @@ func (e *Exporter) Adopt(_ context.Context, name string, d dev.Device) (export.A
 		delete(e.old, name)
 		e.mu.Unlock()
 	}
-	e.settle(name, a)
+	e.names.Settle(name, a)
 	if err != nil {
 		return nil, fmt.Errorf("adopt %q: %w", name, err)
 	}
@@ -318,19 +293,11 @@ func (e *Exporter) Drop(_ context.Context, name string) error {
 // Close leaves everything that is attached to a successor: the nodes stay when their devices are
 // closed.
 func (e *Exporter) Close() error {
-	e.mu.Lock()
-	e.closed = true
-	list := make([]*attachment, 0, len(e.atts))
-	for _, a := range e.atts {
-		if a != nil {
-			list = append(list, a)
-		}
-	}
-	e.atts = map[string]*attachment{}
-	e.mu.Unlock()
-	for _, a := range list {
+	e.names.Close()
+	for _, a := range e.names.List() {
 		a.n.KeepNode(true)
 		a.end()
+		e.names.Settle(a.name, nil)
 	}
 	return nil
 }
@@ -392,7 +359,7 @@ func (a *attachment) Detach(ctx context.Context) error {
 		}
 	}
 	a.end()
-	a.e.settle(a.name, nil)
+	a.e.names.Settle(a.name, nil)
 	if err != nil {
 		return fmt.Errorf("detach %q: %w", a.name, err)
 	}
