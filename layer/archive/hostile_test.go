@@ -85,20 +85,7 @@ func TestHostile(t *testing.T) {
 		{"attribute the kernel refuses", nil, []ent{{name: "f", attrs: map[string]string{"security.capability": "nonsense"}}}, "f", unix.EINVAL},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			dir := t.TempDir()
-			out, root := filepath.Join(dir, "outside"), filepath.Join(dir, "root")
-			for _, d := range []string{out, root} {
-				if err := os.Mkdir(d, 0o755); err != nil {
-					t.Fatal(err)
-				}
-			}
-			if err := os.WriteFile(filepath.Join(out, "canary"), []byte("sings"), 0o600); err != nil {
-				t.Fatal(err)
-			}
-			before, err := treecmp.Read(out, treecmp.Options{})
-			if err != nil {
-				t.Fatal(err)
-			}
+			root, out, unchanged := cage(t, t.TempDir())
 			put := func(ents []ent) []ent {
 				var r []ent
 				for _, e := range ents {
@@ -108,19 +95,42 @@ func TestHostile(t *testing.T) {
 				return r
 			}
 			mustApply(t, root, rawTar(t, put(c.lower)...))
-			_, err = Apply(context.Background(), root, bytes.NewReader(rawTar(t, put(c.ents)...)), ApplyOptions{})
+			_, err := Apply(context.Background(), root, bytes.NewReader(rawTar(t, put(c.ents)...)), ApplyOptions{})
 			wantEntryError(t, err, strings.ReplaceAll(c.bad, "OUT", out), c.kind)
-			after, rerr := treecmp.Read(out, treecmp.Options{})
-			if rerr != nil {
-				t.Fatal(rerr)
-			}
-			for _, d := range treecmp.Compare(after, before, treecmp.Options{}) {
-				t.Errorf("outside: %s", d)
-			}
-			if n := after["canary"].Nlink; n != 1 {
-				t.Errorf("the file outside has %d links, want 1", n)
-			}
+			unchanged()
 		})
+	}
+}
+
+// cage makes two directories in dir: root, to apply to, and beside it one with a canary. unchanged fails
+// the test if anything of that is not as it was.
+func cage(t testing.TB, dir string) (root, outside string, unchanged func()) {
+	t.Helper()
+	root, outside = filepath.Join(dir, "root"), filepath.Join(dir, "outside")
+	for _, d := range []string{root, outside} {
+		if err := os.Mkdir(d, 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := os.WriteFile(filepath.Join(outside, "canary"), []byte("sings"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	before, err := treecmp.Read(outside, treecmp.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return root, outside, func() {
+		t.Helper()
+		after, err := treecmp.Read(outside, treecmp.Options{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, d := range treecmp.Compare(after, before, treecmp.Options{}) {
+			t.Errorf("outside: %s", d)
+		}
+		if n := after["canary"].Nlink; n != 1 {
+			t.Errorf("the file outside has %d links, want 1", n)
+		}
 	}
 }
 
