@@ -16,9 +16,7 @@ func TestCosts(t *testing.T) { eachFS(t, testCosts) }
 func testCosts(t *testing.T, fs string) {
 	r := newRig(t)
 	r.o.FSType = fs
-	s := r.open()
-	ctx := tctx(t)
-	importImage(t, s, "a", []file{{name: "a", data: "a"}})
+	s, ctx := r.openImage()
 	ok(t, second(s.Create(ctx, CreateOptions{Name: "first", Image: "a"}))) // reserves ids
 	ok(t, r.pool.Commit(ctx))
 	step := func(what string, most uint64, fn func()) {
@@ -79,9 +77,7 @@ type mounter interface {
 func TestForkCost(t *testing.T) {
 	r := newRig(t)
 	r.dataBytes = 64 << 30 // the metadata has room for a thousand devices
-	s := r.open()
-	ctx := tctx(t)
-	importImage(t, s, "a", []file{{name: "a", data: "a"}})
+	s, ctx := r.openImage()
 	create(t, s, "c", "a")
 	r.mounted("c", func(dir string) { write(t, dir, "b", "b") })
 	var want [3]uint64

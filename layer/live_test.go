@@ -107,9 +107,7 @@ func TestLiveFork(t *testing.T) { eachFS(t, testLiveFork) }
 func testLiveFork(t *testing.T, fs string) {
 	r := newRig(t)
 	r.o.FSType = fs
-	s := r.open()
-	ctx := tctx(t)
-	importImage(t, s, "a", []file{{name: "a", data: "a"}})
+	s, ctx := r.openImage()
 	create(t, s, "src", "a")
 	dir := r.mount("src")
 	w := startWriter(dir)
@@ -161,9 +159,7 @@ func TestForkDropsOrphans(t *testing.T) { eachFS(t, testForkDropsOrphans) }
 func testForkDropsOrphans(t *testing.T, fs string) {
 	r := newRig(t)
 	r.o.FSType = fs
-	s := r.open()
-	ctx := tctx(t)
-	importImage(t, s, "a", []file{{name: "a", data: "a"}})
+	s, ctx := r.openImage()
 	create(t, s, "src", "a")
 	dir := r.mount("src")
 	f, err := os.Create(filepath.Join(dir, "orphan"))
@@ -191,9 +187,7 @@ func testForkDropsOrphans(t *testing.T, fs string) {
 // deferred one goes on by itself, and so does a deferred removal.
 func TestBusy(t *testing.T) {
 	r := newRig(t)
-	s := r.open()
-	ctx := tctx(t)
-	importImage(t, s, "a", []file{{name: "a", data: "a"}})
+	s, ctx := r.openImage()
 	before := r.used()
 	create(t, s, "c", "a")
 	dir := r.mount("c")
@@ -248,9 +242,7 @@ func testRestart(t *testing.T, fs string) {
 	r := newRig(t)
 	r.o.FSType = fs
 	r.holder = true
-	s := r.open()
-	ctx := tctx(t)
-	importImage(t, s, "a", []file{{name: "a", data: "a"}})
+	s, ctx := r.openImage()
 	create(t, s, "c", "a")
 	create(t, s, "gone", "a")
 	dir, goneDir := r.mount("c"), r.mount("gone")
@@ -298,9 +290,7 @@ func testUsageAfterCrash(t *testing.T, fs string) {
 		}
 		return nil
 	}
-	s := r.open()
-	ctx := tctx(t)
-	importImage(t, s, "a", []file{{name: "a", data: "a"}})
+	s, ctx := r.openImage()
 	create(t, s, "c", "a")
 	dir := r.mount("c")
 	write(t, dir, "x", strings.Repeat("x", 3<<20))
@@ -333,9 +323,7 @@ func TestResize(t *testing.T) { eachFS(t, testResize) }
 func testResize(t *testing.T, fs string) {
 	r := newRig(t)
 	r.o.FSType = fs
-	s := r.open()
-	ctx := tctx(t)
-	importImage(t, s, "a", []file{{name: "a", data: "a"}})
+	s, ctx := r.openImage()
 	big, _, err := s.Create(ctx, CreateOptions{Name: "big", Image: "a", SizeBytes: 20 << 30})
 	ok(t, err)
 	if big.SizeBytes != 20<<30 {
@@ -390,9 +378,7 @@ func testResize(t *testing.T, fs string) {
 // Time over: the container goes by itself, but not while somebody uses it.
 func TestTTL(t *testing.T) {
 	r := newRig(t)
-	s := r.open()
-	ctx := tctx(t)
-	importImage(t, s, "a", []file{{name: "a", data: "a"}})
+	s, ctx := r.openImage()
 	events, cancel := s.Events(0)
 	defer cancel()
 	c, _, err := s.Create(ctx, CreateOptions{Name: "c", Image: "a", TTL: 50 * time.Millisecond})
@@ -451,9 +437,7 @@ func testFrozenLeftovers(t *testing.T, fs string) {
 	r := newRig(t)
 	r.o.FSType = fs
 	r.holder = true
-	s := r.open()
-	ctx := tctx(t)
-	importImage(t, s, "a", []file{{name: "a", data: "a"}})
+	s, ctx := r.openImage()
 	create(t, s, "c", "a")
 	dir := r.mount("c")
 	freeze := func() {
@@ -494,9 +478,7 @@ func testFrozenLeftovers(t *testing.T, fs string) {
 // A freeze that takes too long is not a snapshot of the level that it says.
 func TestFreezeTooLong(t *testing.T) {
 	r := newRig(t)
-	s := r.open()
-	ctx := tctx(t)
-	importImage(t, s, "a", []file{{name: "a", data: "a"}})
+	s, ctx := r.openImage()
 	create(t, s, "c", "a")
 	dir := r.mount("c")
 	before := r.used()
@@ -537,9 +519,7 @@ func TestGuestOwned(t *testing.T) {
 	r := newRig(t)
 	nbd := &fakeNBD{clients: map[string]int{}}
 	r.o.NBD = nbd
-	s := r.open()
-	ctx := tctx(t)
-	importImage(t, s, "a", []file{{name: "a", data: "a"}})
+	s, ctx := r.openImage()
 	create(t, s, "vm", "a")
 	a := must[Attachment](t)(s.Attach(ctx, "vm", AttachOptions{As: AsNBD}))
 	if a.URI == "" || a.Node != "" {
@@ -583,9 +563,7 @@ func TestAttachOverTCP(t *testing.T) {
 	r := newRig(t)
 	nbd := &fakeNBD{clients: map[string]int{}, tcp: map[string]bool{}}
 	r.o.NBD = nbd
-	s := r.open()
-	ctx := tctx(t)
-	importImage(t, s, "a", []file{{name: "a", data: "a"}})
+	s, ctx := r.openImage()
 	create(t, s, "near", "a")
 	create(t, s, "far", "a")
 	_, err := s.Attach(ctx, "far", AttachOptions{TCP: true})
@@ -634,9 +612,7 @@ func TestNodeTakenAway(t *testing.T) { eachFS(t, testNodeTakenAway) }
 func testNodeTakenAway(t *testing.T, fs string) {
 	r := newRig(t)
 	r.o.FSType = fs
-	s := r.open()
-	ctx := tctx(t)
-	importImage(t, s, "a", []file{{name: "a", data: "a"}})
+	s, ctx := r.openImage()
 	create(t, s, "c", "a")
 	a := must[Attachment](t)(s.Attach(ctx, "c", AttachOptions{}))
 	mounts, err := os.ReadFile("/proc/self/mounts")
@@ -665,9 +641,7 @@ func TestCrashLevel(t *testing.T) { eachFS(t, testCrashLevel) }
 func testCrashLevel(t *testing.T, fs string) {
 	r := newRig(t)
 	r.o.FSType = fs
-	s := r.open()
-	ctx := tctx(t)
-	importImage(t, s, "a", []file{{name: "a", data: "a"}})
+	s, ctx := r.openImage()
 	create(t, s, "c", "a")
 	r.mounted("c", func(dir string) { write(t, dir, "x", "x") })
 	if snap := must[Snapshot](t)(s.Snapshot(ctx, "c", SnapshotOptions{Name: "clean"})); snap.Level != LevelFileSystem {

@@ -334,9 +334,7 @@ func TestKill(t *testing.T) {
 func TestLostCatalog(t *testing.T) {
 	r := newRig(t)
 	r.o.BaseSize = 256 << 20
-	s := r.open()
-	ctx := tctx(t)
-	importImage(t, s, "a", []file{{name: "a", data: "a"}})
+	s, ctx := r.openImage()
 	create(t, s, "c", "a")
 	ok(t, r.pool.CreateThin(ctx, 5)) // by hand
 	r.close()

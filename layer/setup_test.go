@@ -3,6 +3,7 @@ package layer
 import (
 	"archive/tar"
 	"bytes"
+	"context"
 	"crypto/sha256"
 	"encoding/hex"
 	"errors"
@@ -100,6 +101,14 @@ func (r *rig) open() *Store {
 		r.t.Fatal(err)
 	}
 	return r.s
+}
+
+// openImage opens, and imports an image "a" with a file "a" that says "a".
+func (r *rig) openImage() (*Store, context.Context) {
+	r.t.Helper()
+	s := r.open()
+	importImage(r.t, s, "a", []file{{name: "a", data: "a"}})
+	return s, tctx(r.t)
 }
 
 func (r *rig) tryOpen() error {

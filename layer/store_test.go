@@ -286,9 +286,7 @@ func (e errReader) Read([]byte) (int, error) { return 0, e.err }
 // Names, sizes and labels that cannot be are refused before anything is done.
 func TestInvalid(t *testing.T) {
 	r := newRig(t)
-	s := r.open()
-	ctx := tctx(t)
-	importImage(t, s, "a", []file{{name: "a", data: "a"}})
+	s, ctx := r.openImage()
 	create(t, s, "c", "a")
 	for name, err := range map[string]error{
 		"empty":  second(s.Create(ctx, CreateOptions{Name: "", Image: "a"})),
