@@ -51,7 +51,7 @@ func newHelperCmd() *cobra.Command {
 				return exporthelper.Run(cmd.Context(), cmd.InOrStdin(), cmd.OutOrStdout(), calls, known)
 			}
 			if len(args) == 1 {
-				return fuse.RunHelper(cmd.Context(), cmd.InOrStdin(), cmd.OutOrStdout())
+				return exporthelper.Run(cmd.Context(), cmd.InOrStdin(), cmd.OutOrStdout(), fuse.Calls, fuse.Errors)
 			}
 			return helper.Run(cmd.Context(), cmd.InOrStdin(), cmd.OutOrStdout(), nil)
 		},

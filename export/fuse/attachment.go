@@ -111,7 +111,7 @@ func (a *attachment) Resize(ctx context.Context) error {
 	if err := a.s.resized(size); err != nil {
 		return fmt.Errorf("resize %q: %w", a.name, err)
 	}
-	if err := a.e.ops.resize(ctx, resizeArgs{Node: rec.Loop.Node, Backing: a.e.backing(a.name)}); err != nil {
+	if err := a.e.help.Do(ctx, "loop.resize", "", resizeArgs{Node: rec.Loop.Node, Backing: a.e.backing(a.name)}, nil); err != nil {
 		return fmt.Errorf("resize %q: %w", a.name, err)
 	}
 	a.mu.Lock()
@@ -155,7 +155,7 @@ func (a *attachment) Detach(ctx context.Context) error {
 // detach does one teardown: loop device, then mount, then connection. Until the loop device is
 // gone everything can be taken back.
 func (a *attachment) detach(t *teardown) {
-	err := a.e.ops.detach(context.Background(), a.detachArgs())
+	err := a.e.help.Do(context.Background(), "loop.detach", "", a.detachArgs(), nil)
 	switch {
 	case errors.Is(err, loop.ErrNotBound):
 		// Somebody else took the device; the link must not wait for its next owner.

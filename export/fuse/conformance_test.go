@@ -8,6 +8,7 @@ import (
 
 	"mica/export"
 	"mica/export/exporttest"
+	"mica/export/helper"
 	"mica/export/holder"
 	"mica/export/loop"
 )
@@ -30,7 +31,7 @@ var conformance = exporttest.Driver{
 	},
 	Roles: map[string]func([]string) error{
 		"role-holder": func(args []string) error { return holder.Run(context.Background(), args[0]) },
-		"role-helper": func([]string) error { return RunHelper(context.Background(), os.Stdin, os.Stdout) },
+		"role-helper": func([]string) error { return helper.Run(context.Background(), os.Stdin, os.Stdout, Calls, Errors) },
 	},
 	Left: func(dir string) (left []string) {
 		for _, n := range boundTo(dir) {

@@ -12,6 +12,7 @@ import (
 
 	"mica/dev"
 	"mica/export"
+	"mica/export/helper"
 	"mica/export/loop"
 	"mica/export/node"
 
@@ -27,7 +28,8 @@ type Exporter struct {
 	dir   string   // RunDir/fuse
 	lock  *os.File // of dir: one exporter
 	links node.Dir
-	ops   ops
+	help  *helper.Client
+	roll  *roll
 	park  *parker
 	crew  crew
 	keep  *keeper // nil without a holder
@@ -64,10 +66,7 @@ func New(o Options) (_ *Exporter, err error) {
 	if e.park, err = newParker(); err != nil {
 		return nil, fmt.Errorf("fuse exporter: %w", err)
 	}
-	e.ops = localOps{}
-	if len(o.HelperCommand) > 0 {
-		e.ops = &helperOps{argv: o.HelperCommand, log: o.Logger}
-	}
+	e.help, e.roll = helper.NewClient(o.HelperCommand, Calls, Errors, o.Logger), rollOf(o.RunDir)
 	if o.HolderSocket != "" {
 		if e.keep, err = newKeeper(&e.o); err != nil {
 			return nil, fmt.Errorf("fuse exporter: %w", err)
@@ -106,8 +105,8 @@ func (e *Exporter) release() {
 	if e.keep != nil {
 		e.keep.close()
 	}
-	if e.ops != nil {
-		e.ops.close()
+	if e.help != nil {
+		e.help.Close()
 	}
 	if e.park != nil {
 		e.park.close()
@@ -133,7 +132,7 @@ type record struct {
 	SectorSize int         `json:"sector_size"`
 	ReadOnly   bool        `json:"read_only"`
 	Kernel     features    `json:"kernel"`
-	Helper     int         `json:"helper,omitempty"` // process that makes the loop device; until live
+	Helper     int         `json:"helper,omitempty"` // of earlier builds: process that makes the loop device, until live
 }
 
 const recordVersion = 1
@@ -229,25 +228,24 @@ func (e *Exporter) attach(ctx context.Context, name string, d dev.Device, o expo
 	}
 	a.rec.Kernel = a.s.kernel
 
-	if e.held(a.rec) {
-		a.rec.Helper = e.ops.pid()
-		if err := e.keep.put(name, a.rec, fd); err != nil {
-			return nil, err
-		}
-		defer func() {
-			if err != nil {
-				e.keep.drop(name)
-			}
-		}()
+	// The holder gets the connection when the node works. If this process dies before, the
+	// connection ends with it, and the next one clears away what has a directory.
+	if err := e.roll.enter(e.help.PID()); err != nil {
+		return nil, err
 	}
 	if a.rec.Loop, err = e.attachLoop(ctx, a, loop.Config{Backing: e.backing(name), ReadOnly: o.ReadOnly, SectorSize: o.SectorSize}); err != nil {
 		return nil, err
 	}
 	node.LimitDirty(a.rec.Loop.Node, o.DirtyBytes)
 	e.reap.used(a.rec.Loop)
-	a.rec.Live, a.rec.Helper = true, 0
+	a.rec.Live = true
 	if e.held(a.rec) {
 		err = e.keep.put(name, a.rec, fd)
+		defer func() {
+			if err != nil {
+				e.keep.drop(name)
+			}
+		}()
 	}
 	if err == nil {
 		err = e.links.Make(name, a.rec.Loop.Node)
@@ -286,8 +284,9 @@ func (e *Exporter) attachLoop(ctx context.Context, a *attachment, c loop.Config)
 	}
 	ch := make(chan result, 1)
 	go func() {
-		d, err := e.ops.attach(context.WithoutCancel(ctx), c)
-		ch <- result{d, err}
+		var r result
+		r.err = e.help.Do(context.WithoutCancel(ctx), "loop.attach", callTag(c.Backing), c, &r.d)
+		ch <- r
 	}()
 	select {
 	case r := <-ch:

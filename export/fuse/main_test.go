@@ -15,6 +15,7 @@ import (
 	"mica/dev"
 	"mica/export"
 	"mica/export/exporttest"
+	"mica/export/helper"
 	"mica/export/holder"
 	"mica/export/loop"
 
@@ -29,7 +30,7 @@ func TestMain(m *testing.M) {
 		case "role-holder":
 			err = holder.Run(context.Background(), os.Args[2])
 		case "role-helper":
-			err = RunHelper(context.Background(), os.Stdin, os.Stdout)
+			err = helper.Run(context.Background(), os.Stdin, os.Stdout, Calls, Errors)
 		case "role-churn":
 			err = churnRole(os.Args[2])
 		case "role-serve":

@@ -20,8 +20,8 @@ type Options struct {
 	// HolderCommand starts a holder on HolderSocket (a command that calls holder.Run). If it is
 	// empty, one must be there.
 	HolderCommand []string
-	// HelperCommand starts a helper (a command that calls RunHelper). If it is empty, loop
-	// devices are changed by this process itself; see ops for what that risks.
+	// HelperCommand starts a helper (a command that calls helper.Run with Calls). If it is empty, loop
+	// devices are changed by this process itself; see package helper for what that risks.
 	HelperCommand []string
 
 	// Threads is how many OS threads at most read requests of a busy device; 0 is 2, or 1 on one CPU.

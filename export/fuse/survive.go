@@ -9,7 +9,6 @@ import (
 	"slices"
 	"strconv"
 	"strings"
-	"time"
 
 	"mica/dev"
 	"mica/export"
@@ -234,6 +233,9 @@ func (e *Exporter) clean() error {
 			}
 		}
 	}
+	if err := e.roll.clear(); err != nil {
+		return err
+	}
 	// Links of other daemons in the same directory are told by the backing file, too.
 	_, err = e.links.RemoveIf(func(id, target string) bool {
 		n, err := loop.NumberOf(target)
@@ -249,25 +251,6 @@ func gone(r record, backing string) bool {
 	return now != backing && filepath.Base(now) != diskName
 }
 
-// helperWait is how long clean waits for the helper of a predecessor, which is dying too.
-const helperWait = 3 * time.Second
-
-// waitGone waits until no thread of a helper makes the call of that tag any more.
-func waitGone(pid int, tag string, limit time.Duration) {
-	for deadline := time.Now().Add(limit); time.Now().Before(deadline); <-time.After(time.Millisecond) {
-		task := fmt.Sprintf("/proc/%d/task", pid)
-		threads, _ := os.ReadDir(task)
-		if !slices.ContainsFunc(threads, func(t os.DirEntry) bool {
-			b, err := os.ReadFile(filepath.Join(task, t.Name(), "stat"))
-			// "tid (name) S ...", Z or X when it has ended
-			_, rest, found := strings.Cut(string(b), "("+tag+") ")
-			return err == nil && found && !strings.HasPrefix(rest, "Z") && !strings.HasPrefix(rest, "X")
-		}) {
-			return
-		}
-	}
-}
-
 // cleanDir removes a mount point that is nobody's, and loop devices on it.
 func (e *Exporter) cleanDir(name string) error {
 	dir := e.mountDir(name)
@@ -277,6 +260,15 @@ func (e *Exporter) cleanDir(name string) error {
 		}
 	}
 	e.o.Logger.Warn("clear away the rest of an attachment", "name", name)
+	// A helper may be about to put a loop device on the file. The end of the connection lets it go.
+	abort(dir)
+	helpers, err := e.roll.read()
+	if err != nil {
+		return err
+	}
+	for _, pid := range helpers {
+		waitGone(pid, callTag(e.backing(name)), helperWait)
+	}
 	if e.keep != nil {
 		// The holder may have read a dead predecessor's last message only now.
 		if err := e.keep.drop(name); err != nil {

@@ -25,10 +25,3 @@ func epollWait(epfd int, ev *unix.EpollEvent, timeout int) (int, unix.Errno) {
 	n, _, errno := unix.Syscall6(unix.SYS_EPOLL_WAIT, uintptr(epfd), uintptr(unsafe.Pointer(ev)), 1, uintptr(timeout), 0, 0)
 	return int(n), errno
 }
-
-// setThreadName sets the name of the calling thread, at most 15 bytes.
-func setThreadName(name string) {
-	var b [16]byte
-	copy(b[:15], name)
-	unix.Prctl(unix.PR_SET_NAME, uintptr(unsafe.Pointer(&b[0])), 0, 0, 0)
-}

@@ -99,46 +99,93 @@ func Run(ctx context.Context, in io.Reader, out io.Writer, calls Calls, known Er
 	w.Close()
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	var mu sync.Mutex // of out and stops
-	stops := make(map[uint64]context.CancelFunc)
-	lines := bufio.NewScanner(in)
-	for lines.Scan() {
-		var c call
-		if err := json.Unmarshal(lines.Bytes(), &c); err != nil {
-			return fmt.Errorf("helper: call: %w", err)
-		}
-		mu.Lock()
-		if c.Cancel != 0 {
-			if stop := stops[c.Cancel]; stop != nil {
-				stop()
-			}
-			mu.Unlock()
-			continue
-		}
-		cctx, stop := context.WithCancel(ctx)
-		stops[c.ID] = stop
-		mu.Unlock()
-		go func() {
-			b := perform(cctx, c, calls, known)
-			mu.Lock()
-			defer mu.Unlock()
-			stop()
-			delete(stops, c.ID)
-			out.Write(append(b, '\n'))
-		}()
-	}
+	s := &server{ctx: ctx, lines: bufio.NewScanner(in), out: out, calls: calls, known: known,
+		stops: make(map[uint64]context.CancelFunc), end: make(chan error, 2)}
+	go s.thread()
+	go s.thread()
 	// Calls that still run end with the process: nobody waits for them.
-	return lines.Err()
+	if err := <-s.end; err != io.EOF {
+		return err
+	}
+	return nil
 }
 
-// perform does a call on a thread that has a table of descriptors of its own and ends with the
-// call, so that a process that is killed while one call waits for a device does not keep the
-// descriptors of the others open until then.
-func perform(ctx context.Context, c call, calls Calls, known Errors) []byte {
-	runtime.LockOSThread()
+// A server is a helper process. One of its threads waits for a call, another one for its turn to do
+// so; others do calls, each one only, and end. So a call is done by the thread that was woken by it.
+type server struct {
+	ctx   context.Context
+	calls Calls
+	known Errors
+	end   chan error // gets one for each thread that waits when in has ended
+
+	turn  sync.Mutex // to wait for a call
+	lines *bufio.Scanner
+
+	mu    sync.Mutex // of out and stops
+	out   io.Writer
+	stops map[uint64]context.CancelFunc
+}
+
+// thread is the life of a thread. It has a table of descriptors of its own and ends with its call, so
+// that a process that is killed while one call waits for a device does not keep the descriptors of the
+// others open until then.
+func (s *server) thread() {
+	runtime.LockOSThread() // and it ends with the goroutine
+	unshared := unix.Unshare(unix.CLONE_FILES)
+	c, err := s.next()
+	if err != nil {
+		s.end <- err
+		return
+	}
+	go s.thread()
+	b := perform(c.ctx, c.call, s.calls, s.known, unshared)
+	s.mu.Lock()
+	c.stop()
+	delete(s.stops, c.ID)
+	s.out.Write(append(b, '\n'))
+	s.mu.Unlock()
+	setThreadName("mica-helper") // the first thread does not end
+}
+
+// A begun is a call that may be stopped.
+type begun struct {
+	call
+	ctx  context.Context
+	stop context.CancelFunc
+}
+
+// next waits for a call, and notes how to stop it. The error is io.EOF when in has ended.
+func (s *server) next() (c begun, err error) {
+	s.turn.Lock()
+	defer s.turn.Unlock()
+	for s.lines.Scan() {
+		c = begun{}
+		if err := json.Unmarshal(s.lines.Bytes(), &c.call); err != nil {
+			return c, fmt.Errorf("helper: call: %w", err)
+		}
+		s.mu.Lock()
+		if c.Cancel == 0 {
+			c.ctx, c.stop = context.WithCancel(s.ctx)
+			s.stops[c.ID] = c.stop
+			s.mu.Unlock()
+			return c, nil
+		}
+		if stop := s.stops[c.Cancel]; stop != nil {
+			stop()
+		}
+		s.mu.Unlock()
+	}
+	if err := s.lines.Err(); err != nil {
+		return c, err
+	}
+	return c, io.EOF
+}
+
+// perform does a call, on the calling thread.
+func perform(ctx context.Context, c call, calls Calls, known Errors, unshared error) []byte {
 	a := answer{ID: c.ID}
 	var v any
-	err := unix.Unshare(unix.CLONE_FILES)
+	err := unshared
 	if err != nil {
 		err = fmt.Errorf("unshare descriptors: %w", err)
 	} else {
@@ -150,7 +197,6 @@ func perform(ctx context.Context, c call, calls Calls, known Errors) []byte {
 		} else {
 			v, err = fn(ctx, c.Args)
 		}
-		setThreadName("mica-helper") // the first thread does not end
 	}
 	if err == nil {
 		a.Value, err = json.Marshal(v)

@@ -17,6 +17,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"mica/export/fuse"
+	exporthelper "mica/export/helper"
 	"mica/export/holder"
 	"mica/layer/helper"
 )
@@ -47,7 +48,7 @@ func PlayRole(own map[string]func(arg string) error) {
 	case name == "helper":
 		err = helper.Run(context.Background(), os.Stdin, os.Stdout, nil)
 	case name == "fuse-helper":
-		err = fuse.RunHelper(context.Background(), os.Stdin, os.Stdout)
+		err = exporthelper.Run(context.Background(), os.Stdin, os.Stdout, fuse.Calls, fuse.Errors)
 	case name == "holder":
 		err = holder.Run(context.Background(), arg)
 	default:
