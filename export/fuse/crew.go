@@ -30,6 +30,7 @@ const spareHands = 2
 type hand struct {
 	next chan *server // whom to serve; closed: end
 	buf  *buffer      // nil until the first request is read
+	pace pace         // of the server at hand
 }
 
 // serve lets a thread serve s until there is nothing to do, and then another server.
@@ -55,6 +56,7 @@ func (c *crew) work(h *hand) {
 	defer c.all.Done()
 	runtime.LockOSThread()
 	for s := range h.next {
+		h.pace = pace{}
 		s.serve(h)
 		if !c.rest(h) {
 			break

@@ -11,13 +11,14 @@ import (
 )
 
 // dispatch does or delegates one request. It returns the buffer that the thread goes on with:
-// b, or another one if b went with the request.
-func (s *server) dispatch(r *request, b *buffer) (*buffer, error) {
+// b, or another one if b went with the request. at is the pace of the thread, and alone says that it
+// has found nothing to read just before this request.
+func (s *server) dispatch(r *request, b *buffer, at *pace, alone bool) (*buffer, error) {
 	switch r.op {
 	case opRead:
-		return s.read(r, b)
+		return s.read(r, b, at, alone)
 	case opWrite:
-		return s.write(r, b)
+		return s.write(r, b, at, alone)
 	case opFsync, opFallocate, opLseek:
 		if r.node != diskNode {
 			s.reply(b, r.unique, unix.EINVAL, 0)
@@ -47,7 +48,12 @@ func (s *server) clip(off uint64, n uint32) int {
 	return int(min(uint64(n), size-off))
 }
 
-func (s *server) read(r *request, b *buffer) (*buffer, error) {
+// here tells whether the thread should try to serve a request of n bytes itself.
+func (s *server) here(n int, at *pace, alone bool) bool {
+	return s.try != nil && n <= s.inlineMax && at.begin(!alone || s.atWork.Load() > 0)
+}
+
+func (s *server) read(r *request, b *buffer, at *pace, alone bool) (*buffer, error) {
 	if r.node != diskNode {
 		s.reply(b, r.unique, unix.EISDIR, 0)
 		return b, nil
@@ -57,9 +63,10 @@ func (s *server) read(r *request, b *buffer) (*buffer, error) {
 		s.reply(b, r.unique, 0, 0)
 		return b, nil
 	}
-	if s.try != nil && n <= s.inlineMax {
+	if s.here(n, at, alone) {
 		err := s.try.TryReadAt(b.payload(n), int64(r.off))
 		if err == nil {
+			at.served(n)
 			s.reply(b, r.unique, 0, n)
 			return b, nil
 		}
@@ -72,7 +79,7 @@ func (s *server) read(r *request, b *buffer) (*buffer, error) {
 	return s.delegate(r, b, reads, n)
 }
 
-func (s *server) write(r *request, b *buffer) (*buffer, error) {
+func (s *server) write(r *request, b *buffer, at *pace, alone bool) (*buffer, error) {
 	switch {
 	case r.node != diskNode:
 		s.reply(b, r.unique, unix.EISDIR, 0)
@@ -84,9 +91,10 @@ func (s *server) write(r *request, b *buffer) (*buffer, error) {
 		s.reply(b, r.unique, unix.ENOSPC, 0) // the file does not grow
 		return b, nil
 	}
-	if s.try != nil && len(r.data) <= s.inlineMax {
+	if s.here(len(r.data), at, alone) {
 		err := s.try.TryWriteAt(r.data, int64(r.off))
 		if err == nil {
+			at.served(len(r.data))
 			s.replyWritten(b, r.unique, r.size)
 			return b, nil
 		}
@@ -134,6 +142,7 @@ func (s *server) delegate(r *request, b *buffer, kind, bytes int) (*buffer, erro
 	}
 	sl.req = *r
 	s.workers.Add(1)
+	s.atWork.Add(1)
 	go sl.run()
 	return next, nil
 }
@@ -199,6 +208,7 @@ func (s *server) release(sl *slot) {
 // work does one delegated request.
 func (s *server) work(sl *slot) {
 	defer s.workers.Done()
+	defer s.atWork.Add(-1)
 	r, b := &sl.req, sl.buf
 	switch r.op {
 	case opRead:

@@ -72,7 +72,7 @@ func dispatchAny(f testing.TB) func(*testing.T, []byte) {
 				if r.size > maxIO || len(r.data) > n || len(r.name) > n {
 					t.Fatalf("out of bounds: %+v", r)
 				}
-				if b, _ = s.dispatch(&r, b); b == nil {
+				if b, _ = s.dispatch(&r, b, new(pace), true); b == nil {
 					t.Fatal("no buffer to go on with")
 				}
 				s.workers.Wait()

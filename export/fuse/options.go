@@ -27,7 +27,7 @@ type Options struct {
 	// Threads is how many OS threads at most read requests of a busy device; 0 is 2, or 1 on one CPU.
 	Threads int
 	// InlineMax is the longest request, in bytes, that the thread which read it also serves, if
-	// the device can do it at once; 0 is 128 KiB.
+	// the device can do it at once, and does it fast; 0 is 1 MiB, which is all of them.
 	InlineMax int
 	// IdleAfter is the time without requests after which a device costs no threads and no
 	// buffers; 0 is 100 ms. Its next request then finds a thread some microseconds later.
@@ -51,7 +51,7 @@ func (o *Options) check() error {
 		o.Threads = min(2, runtime.GOMAXPROCS(0))
 	}
 	if o.InlineMax <= 0 {
-		o.InlineMax = 128 << 10
+		o.InlineMax = maxIO
 	}
 	if o.IdleAfter <= 0 {
 		o.IdleAfter = 100 * time.Millisecond

@@ -71,6 +71,7 @@ type server struct {
 	gone    chan struct{} // closed when the connection has ended
 	once    sync.Once     // closes gone
 	served  atomic.Uint64 // requests read
+	atWork  atomic.Int32  // requests that goroutines serve
 	alone   atomic.Bool   // one thread serves
 	workers sync.WaitGroup
 	thr     sync.WaitGroup
@@ -297,7 +298,7 @@ func (s *server) loop(h *hand) (idle bool, err error) {
 			}
 			continue
 		}
-		if buf, err = s.dispatch(&req, buf); err != nil {
+		if buf, err = s.dispatch(&req, buf, &h.pace, run == 1); err != nil {
 			return false, err
 		}
 	}
