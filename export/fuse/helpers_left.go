@@ -76,16 +76,19 @@ const helperWait = 3 * time.Second
 
 // waitGone waits until no thread of a helper makes the call of that tag any more.
 func waitGone(pid int, tag string, limit time.Duration) {
-	for deadline := time.Now().Add(limit); time.Now().Before(deadline); <-time.After(time.Millisecond) {
-		task := fmt.Sprintf("/proc/%d/task", pid)
-		threads, _ := os.ReadDir(task)
-		if !slices.ContainsFunc(threads, func(t os.DirEntry) bool {
-			b, err := os.ReadFile(filepath.Join(task, t.Name(), "stat"))
-			// "tid (name) S ...", Z or X when it has ended
-			_, rest, found := strings.Cut(string(b), "("+tag+") ")
-			return err == nil && found && !strings.HasPrefix(rest, "Z") && !strings.HasPrefix(rest, "X")
-		}) {
-			return
-		}
+	for deadline := time.Now().Add(limit); time.Now().Before(deadline) && tagged(pid, tag); {
+		<-time.After(time.Millisecond)
 	}
+}
+
+// tagged reports whether a thread of a process has that name and has not ended.
+func tagged(pid int, tag string) bool {
+	task := fmt.Sprintf("/proc/%d/task", pid)
+	threads, _ := os.ReadDir(task)
+	return slices.ContainsFunc(threads, func(t os.DirEntry) bool {
+		b, err := os.ReadFile(filepath.Join(task, t.Name(), "stat"))
+		// "tid (name) S ...", Z or X when it has ended
+		_, rest, found := strings.Cut(string(b), "("+tag+") ")
+		return err == nil && found && !strings.HasPrefix(rest, "Z") && !strings.HasPrefix(rest, "X")
+	})
 }

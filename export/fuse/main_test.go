@@ -31,6 +31,8 @@ func TestMain(m *testing.M) {
 			err = holder.Run(context.Background(), os.Args[2])
 		case "role-helper":
 			err = helper.Run(context.Background(), os.Stdin, os.Stdout, Calls, Errors)
+		case "role-late":
+			err = helper.Run(context.Background(), os.Stdin, os.Stdout, lateCalls, nil)
 		case "role-churn":
 			err = churnRole(os.Args[2])
 		case "role-serve":
