@@ -15,6 +15,25 @@ var nbdPart = part{
 	run: runNBD,
 }
 
+var nbdDiskPart = part{
+	id: "nbd-disk", title: "Network block device, on a real disk", disk: true,
+	about: "The same servers and jobs, with files on a real disk. All of them go through the page cache, which has what was written " +
+		"before; what is new is written back while a job runs.",
+	run: func(ctx context.Context, r *runner) error {
+		return r.rounds(3, func() error {
+			s, err := r.mapped(ctx, r.nbdDevices(r.dir, true), "nbd-disk", "Mapped blocks, one connection")
+			if err == nil {
+				err = s.stop()
+			}
+			if err != nil {
+				return err
+			}
+			_, err = r.nbdFirstWrites(ctx, "nbd-disk-first", s.columns)
+			return err
+		})
+	},
+}
+
 // The columns of most tables.
 const (
 	colNBDKit    = "nbdkit file"
@@ -80,5 +99,10 @@ func runNBD(ctx context.Context, r *runner) error {
 	if err := s.stop(); err != nil {
 		return err
 	}
-	return r.nbdFirstWrites(ctx, s.columns)
+	t, err = r.nbdFirstWrites(ctx, "nbd-first", s.columns)
+	if err == nil {
+		t.Targets = append(t.Targets, Target{Row: t.Rows[0].Name, Own: colThin, Peer: "best", Want: 1},
+			Target{Row: t.Rows[2].Name, Own: colThin, Peer: colQemuQcow2, Want: 2.5})
+	}
+	return err
 }

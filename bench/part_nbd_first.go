@@ -12,8 +12,8 @@ import (
 
 // nbdFirstWrites measures what a write costs that nobody has prepared: in an empty device, and
 // in a fresh snapshot of one that is full. Each measurement has media or a snapshot of its own.
-func (r *runner) nbdFirstWrites(ctx context.Context, columns []string) error {
-	t := r.table("nbd-first", "First writes", columns...)
+func (r *runner) nbdFirstWrites(ctx context.Context, id string, columns []string) (*Table, error) {
+	t := r.table(id, "First writes", columns...)
 	jobs := []job{
 		{"1 MiB write in sequence, allocating", fio.Job{RW: "write", Block: 1 << 20, Depth: 4, Size: r.Size}, "MB/s", mbps},
 		{"4 KiB random write, allocating", fio.Job{RW: "randwrite", Block: 4096, Depth: 16, Size: r.Size, Count: r.firstWrites()}, "IOPS", iops},
@@ -24,25 +24,23 @@ func (r *runner) nbdFirstWrites(ctx context.Context, columns []string) error {
 			meters = append(meters, r.onEmpty(i, j))
 		}
 		if err := r.measure(ctx, t, Row{Name: j.name, Unit: j.unit, Better: "higher"}, meters...); err != nil {
-			return err
+			return nil, err
 		}
 	}
-	t.Targets = append(t.Targets, Target{Row: jobs[0].name, Own: colThin, Peer: "best", Want: 1})
 
 	base := r.path("base.qcow2")
 	if err := r.qcow2(ctx, base, true); err != nil {
-		return err
+		return nil, err
 	}
 	pool := r.path("origin")
 	if err := r.thinDevice(ctx, pool, true); err != nil {
-		return err
+		return nil, err
 	}
 	j := job{"4 KiB random write into a fresh snapshot",
 		fio.Job{RW: "randwrite", Block: 4096, Depth: 16, Size: r.Size, Count: r.firstWrites()}, "IOPS", iops}
 	err := r.measure(ctx, t, Row{Name: j.name, Unit: j.unit, Better: "higher"},
 		nil, nil, r.onOverlay(base, j), r.onSnapshot(pool, j), nil)
-	t.Targets = append(t.Targets, Target{Row: j.name, Own: colThin, Peer: colQemuQcow2, Want: 2.5})
-	return err
+	return t, err
 }
 
 // firstWrites is a number of random writes of which most hit a block of 64 KiB for the first time.

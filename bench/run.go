@@ -59,7 +59,7 @@ type part struct {
 	run       func(ctx context.Context, r *runner) error
 }
 
-var parts = []part{nbdPart, blockPart, lifePart, lifeDiskPart, cowPart, cowDiskPart, scalePart, durablePart}
+var parts = []part{nbdPart, nbdDiskPart, blockPart, lifePart, lifeDiskPart, cowPart, cowDiskPart, scalePart, durablePart}
 
 // PartNames are the names that Options.Only takes, with what they are.
 func PartNames() (list [][2]string) {
