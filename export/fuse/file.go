@@ -17,11 +17,12 @@ import (
 // A File is a device that is served as one file under FUSE, without a loop device and without a
 // holder: it lives as long as its process.
 type File struct {
-	path string
-	made bool // the file that the mount covers is ours
-	dir  string
-	fd   int
-	s    *server
+	path  string
+	made  bool   // the file that the mount covers is ours
+	bound bool   // the mount is on it
+	dir   string // of a mount that only a setup has; "" after that
+	fd    int
+	s     *server
 }
 
 // readyWait bounds the wait for the kernel's first request.
@@ -72,15 +73,27 @@ func ServeFile(path string, d dev.Device, readOnly bool) (_ *File, err error) {
 	case <-time.After(readyWait):
 		return nil, fmt.Errorf("the kernel did not begin within %v", readyWait)
 	}
-	return f, unix.Mount(filepath.Join(f.dir, diskName), f.path, "", unix.MS_BIND, "")
+	if err := unix.Mount(filepath.Join(f.dir, diskName), f.path, "", unix.MS_BIND, ""); err != nil {
+		return nil, err
+	}
+	f.bound = true
+	// The file is all that is needed, and all that is left if this process is killed.
+	if err := unmount(f.dir); err != nil {
+		return nil, err
+	}
+	f.dir = ""
+	return f, nil
 }
 
 // undo takes down whatever ServeFile has put up.
 func (f *File) undo() error {
 	var err error
+	if f.bound {
+		err = unix.Unmount(f.path, unix.UMOUNT_NOFOLLOW)
+	}
 	if f.dir != "" {
 		if f.fd >= 0 {
-			err = unmount(f.dir)
+			err = errors.Join(err, unmount(f.dir))
 		} else {
 			os.Remove(f.dir)
 		}
@@ -107,6 +120,7 @@ func (f *File) Close(ctx context.Context) error {
 	for {
 		err := unix.Unmount(f.path, unix.UMOUNT_NOFOLLOW)
 		if err == nil {
+			f.bound = false
 			return f.undo()
 		}
 		if err != unix.EBUSY {

@@ -4,13 +4,18 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
+	"strings"
+	"syscall"
 	"testing"
 	"time"
 
 	"mica/dev"
 	"mica/export"
+
+	"golang.org/x/sys/unix"
 )
 
 func TestServeFile(t *testing.T) {
@@ -24,6 +29,16 @@ func TestServeFile(t *testing.T) {
 	i, err := os.Stat(path)
 	if err != nil || i.Size() != 8<<20 {
 		t.Fatalf("stat: %v, %v", i, err)
+	}
+	// One mount: a process that is killed leaves no other one than the user knows of.
+	mounts, err := os.ReadFile("/proc/self/mountinfo")
+	if err != nil {
+		t.Fatal(err)
+	}
+	st := i.Sys().(*syscall.Stat_t)
+	device := fmt.Sprintf(" %d:%d ", unix.Major(st.Dev), unix.Minor(st.Dev))
+	if ours := strings.Count(string(mounts), device); ours != 1 {
+		t.Errorf("%d mounts, want that of the file:\n%s", ours, mounts)
 	}
 	open, err := os.OpenFile(path, os.O_RDWR, 0)
 	if err != nil {
