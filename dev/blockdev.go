@@ -13,7 +13,7 @@ import (
 )
 
 // A Block is a kernel block device: pread, pwrite, fdatasync, BLKDISCARD and BLKZEROOUT on one
-// descriptor, and a second one for large writes (see direct). Safe for concurrent use.
+// descriptor, and a second one for large writes while there are syncs (see direct). Safe for concurrent use.
 //
 // Requests go through the page cache, but for those, and may have any offset and length; Discard and
 // WriteZeroes need multiples of the logical sector size.
@@ -72,9 +72,7 @@ func (b *Block) init(o OpenOptions) error {
 	b.size.Store(size)
 	b.discardMax = discardMax(st.Rdev)
 	if !o.ReadOnly {
-		if b.direct = newDirect(b.fd); b.direct != nil {
-			b.direct.always = true
-		}
+		b.direct = newDirect(b.fd)
 	}
 	return nil
 }
@@ -95,6 +93,8 @@ func discardMax(rdev uint64) int64 {
 
 // Path is the path that the device was opened by.
 func (b *Block) Path() string { return b.path }
+
+func (b *Block) Descriptor() int { return b.fd }
 
 func (b *Block) Size() int64 { return b.size.Load() }
 

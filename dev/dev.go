@@ -93,6 +93,30 @@ type TryFlusher interface {
 	TryFlush() error
 }
 
+// A Placer tells where on a medium a range lies, for callers that read it themselves.
+type Placer interface {
+	// PlaceRead pins the range for one read. False if the range is not mapped as a whole and in
+	// one piece, or if there is something to wait for.
+	PlaceRead(off, n int64) (Place, bool)
+}
+
+// A Place is where a range lies. It stays the range's until Release, however the device changes.
+type Place struct {
+	FD     int   // of the medium, for pread and the like; not to be closed
+	Off    int64 // bytes
+	Pinner Pinner
+	Token  uint32 // the Pinner's own
+}
+
+// A Pinner keeps a place.
+type Pinner interface{ Unpin(token uint32) }
+
+// Release must be called once, when the read is over.
+func (p *Place) Release() {
+	p.Pinner.Unpin(p.Token)
+	p.Pinner = nil
+}
+
 // CheckRange returns ErrOutOfRange unless [off, off+n) lies inside a device of size bytes.
 // It is safe against overflow.
 func CheckRange(off, n, size int64) error {

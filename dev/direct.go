@@ -17,10 +17,6 @@ import (
 // while there are syncs, large aligned writes go straight to the disk, by a second descriptor with
 // O_DIRECT. Without syncs they go through the page cache, where whoever reads them next finds them.
 //
-// On a block device they always go straight to it. There the medium is a disk, the page cache costs a
-// copy and the write-back afterwards, and those who write through a thin device have a page cache
-// above it.
-//
 // The kernel does not want a page that is being written directly to become dirty meanwhile: it
 // takes that for a lost write, and fails the next sync. So writes that overlap do not run at
 // the same time if one of them is direct (stripes). Readers need not wait.
@@ -30,7 +26,6 @@ import (
 // the last direct write too.
 type direct struct {
 	fd     int
-	always bool // also while there are no syncs
 	failed atomic.Bool // the file system refused: never again
 	writes atomic.Int64
 
@@ -101,7 +96,7 @@ func (d *direct) flushed() {
 // wants reports whether a write should go past the page cache.
 func (d *direct) wants(p []byte, off int64) bool {
 	return len(p) >= directMin && off%directAlign == 0 && len(p)%directAlign == 0 && aligned(p, directAlign) &&
-		!d.failed.Load() && (d.always || int64(time.Since(epoch)) < d.until.Load())
+		!d.failed.Load() && int64(time.Since(epoch)) < d.until.Load()
 }
 
 // pwrite writes p to fd, or past the page cache; d may be nil.

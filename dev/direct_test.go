@@ -89,36 +89,6 @@ func TestDirectWhileThereAreSyncs(t *testing.T) {
 	}
 }
 
-// TestDirectOnBlockDevice: there large aligned writes always go past the page cache, in which they would
-// be a second time: whoever writes to a thin device has one of his own.
-func TestDirectOnBlockDevice(t *testing.T) {
-	f := onDisk(t, 4<<20)
-	b, err := OpenBlock(loopOn(t, f.Path()), OpenOptions{Lock: true})
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer b.Close()
-	buf := pages(t, 1<<20)
-	for i := range buf {
-		buf[i] = byte(i >> 9)
-	}
-	for i, c := range []struct {
-		n      int
-		direct int64
-	}{{1 << 20, 1}, {directMin, 2}, {directMin - 4096, 2}} {
-		if _, err := b.WriteAt(buf[:c.n], 0); err != nil {
-			t.Fatal(err)
-		}
-		if got := b.direct.writes.Load(); got != c.direct {
-			t.Errorf("write %d of %d bytes: %d were direct, want %d", i, c.n, got, c.direct)
-		}
-	}
-	got := make([]byte, len(buf))
-	if _, err := b.ReadAt(got, 0); err != nil || !bytes.Equal(got, buf) {
-		t.Errorf("read back: %v, equal %v", err, bytes.Equal(got, buf))
-	}
-}
-
 // TestDirectRefused: where the file system refuses a direct write, it goes through the page cache.
 func TestDirectRefused(t *testing.T) {
 	f := onDisk(t, 4<<20)

@@ -13,6 +13,12 @@ var ErrLocked = errors.New("locked by another opener")
 // ErrUnsupported: the device, or the file system below it, cannot do this. Nothing was done.
 var ErrUnsupported = errors.ErrUnsupported
 
+// A Descriptor is a medium behind a file descriptor, through which it may be read as long as it is
+// open.
+type Descriptor interface {
+	Descriptor() int
+}
+
 // A Resizer changes the length of a device in bytes. Bytes that are added read as zeros; those
 // cut off are lost. The new length survives a Flush.
 type Resizer interface {

@@ -132,6 +132,8 @@ func newFile(path string, fd int, o OpenOptions) (*File, error) {
 // Path is the path that the file was opened by.
 func (f *File) Path() string { return f.path }
 
+func (f *File) Descriptor() int { return f.fd }
+
 func (f *File) Size() int64 { return f.size.Load() }
 
 func (f *File) ReadAt(p []byte, off int64) (int, error) {

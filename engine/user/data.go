@@ -14,6 +14,7 @@ import (
 // Positions are bytes of the device.
 type data struct {
 	dev.Device
+	fd      int   // of a file or a block device, or -1
 	bs      int64 // bytes of a data block
 	discard dev.Discarder
 	zeroer  dev.Zeroer
@@ -31,7 +32,10 @@ type data struct {
 }
 
 func newData(d dev.Device, bs int64) *data {
-	x := &data{Device: d, bs: bs}
+	x := &data{Device: d, fd: -1, bs: bs}
+	if f, ok := d.(dev.Descriptor); ok {
+		x.fd = f.Descriptor()
+	}
 	x.syncs.cond.L = &x.syncs.mu
 	x.dirty.Store(true)
 	x.discard, _ = d.(dev.Discarder)

@@ -1,5 +1,5 @@
 // Package uring is the part of io_uring that a ublk server needs: passthrough commands
-// (IORING_OP_URING_CMD) and a poll on a descriptor, on rings that belong to one thread.
+// (IORING_OP_URING_CMD), reads, and a poll on a descriptor, on rings that belong to one thread.
 //
 // A ring is used by one goroutine that stays on one OS thread from New to Close
 // (runtime.LockOSThread): the kernel runs a ring's completions on the thread that submitted the
@@ -67,6 +67,7 @@ type Ring struct {
 
 const (
 	opPollAdd  = 6
+	opRead     = 22
 	opUringCmd = 46
 
 	setupCQSize       = 1 << 3
@@ -209,6 +210,22 @@ func (r *Ring) Poll(fd int, events uint32, data uint64) error {
 	ne.PutUint32(e[4:], uint32(fd))
 	ne.PutUint32(e[24:], pollAddMulti)
 	ne.PutUint32(e[28:], events) // words are swapped on big-endian machines; this is built for none
+	ne.PutUint64(e[32:], data)
+	return nil
+}
+
+// Read queues a read into p, which lies outside the Go heap and stays where it is until the
+// completion, whose result is the number of bytes.
+func (r *Ring) Read(fd int, p []byte, off int64, data uint64) error {
+	e, err := r.next()
+	if err != nil {
+		return err
+	}
+	e[0] = opRead
+	ne.PutUint32(e[4:], uint32(fd))
+	ne.PutUint64(e[8:], uint64(off))
+	ne.PutUint64(e[16:], Address(p))
+	ne.PutUint32(e[24:], uint32(len(p)))
 	ne.PutUint64(e[32:], data)
 	return nil
 }
