@@ -17,6 +17,7 @@ import (
 
 	"mica/daemon/api"
 	"mica/export/holder"
+	"mica/export/loop"
 )
 
 // TestGuestOwned: a container that a virtual machine had is not mounted by this host unless it is
@@ -72,6 +73,10 @@ func TestHolderGone(t *testing.T) {
 		t.Fatal(err)
 	}
 	c.Close()
+	// Nobody clears the loop device away whose mount is taken from under it here.
+	for _, n := range loop.Find(func(file string) bool { return strings.HasPrefix(file, b.run+"/") }) {
+		defer loop.Abandon(loop.Device{Number: n, Node: fmt.Sprintf("/dev/loop%d", n)}, loop.Backing(n))
+	}
 	if err := os.RemoveAll(b.run); err != nil { // RUN is a tmpfs on a host
 		for _, m := range mountsBelow(b.run) {
 			syscall.Unmount(m, syscall.MNT_DETACH)
