@@ -33,6 +33,9 @@ type queue struct {
 	buf         *buffer // while the thread is awake
 	pace        pace
 	alone       int // how often in a row there was at most one completion
+	reading     int // bytes in buffers of reads that the ring does
+	misses      int // reads in a row that the page cache did not have
+	unlooked    int // reads since it was asked last
 	armed, busy int
 	err         error // of the ring: nothing can be served any more
 	stopped     bool  // the driver takes commands back
@@ -53,8 +56,12 @@ type outcome struct {
 	times taskTimes
 }
 
-// wakeData marks the completions of the poll of wakefd; others carry a tag.
-const wakeData = 1 << 32
+// wakeData marks the completions of the poll of wakefd, readData and a tag those of reads; others
+// carry a tag.
+const (
+	wakeData = 1 << 32
+	readData = 1 << 33
+)
 
 // submitAfter is how many results are collected before the driver gets them.
 const submitAfter = 16
@@ -84,6 +91,9 @@ func (q *queue) close() {
 	}
 	if q.ring != nil {
 		q.ring.Close()
+	}
+	for i := range q.tasks { // of a ring that failed
+		q.endRead(&q.tasks[i])
 	}
 	unix.Munmap(q.descs)
 	unix.Close(q.wakefd)
@@ -278,6 +288,10 @@ func (q *queue) complete(c uring.Completion) {
 		}
 		return
 	}
+	if c.Data&readData != 0 {
+		q.read(&q.tasks[uint16(c.Data)], c.Res)
+		return
+	}
 	q.armed--
 	if c.Res != 0 {
 		if c.Res != -int32(unix.ENODEV) && !q.stopped {
@@ -322,34 +336,44 @@ func (q *queue) request(tag uint16) {
 	r := decodeIODesc(q.descs[int(tag)*ioDescLen:])
 	t := &q.tasks[tag]
 	t.ioDesc = r
-	err := q.try(t)
-	if err == dev.ErrWouldBlock {
-		q.s.w.submit(t)
-		return
-	}
-	n := int32(r.n)
-	if r.op == opFlush {
-		n = 0
-	}
-	q.commit(tag, result(n, err))
+	q.end(t, q.try(t))
 }
 
-// try serves a request on the queue's thread, or returns ErrWouldBlock if that would be wrong.
+// end commits a request of which try has returned err, or gives it to a worker.
+func (q *queue) end(t *task, err error) {
+	switch {
+	case err == errLater:
+	case err == dev.ErrWouldBlock:
+		q.s.w.submit(t)
+	case t.op == opFlush:
+		q.commit(t.tag, result(0, err))
+	default:
+		q.commit(t.tag, result(int32(t.n), err))
+	}
+}
+
+// errLater: the request is under way.
+var errLater = errors.New("under way")
+
+// try serves a request on the queue's thread, or returns ErrWouldBlock if that would be wrong, or
+// errLater if a completion will end it.
 func (q *queue) try(t *task) error {
 	s := q.s
 	if t.op == opFlush {
 		return q.tryFlush()
 	}
+	if t.op == opRead && s.place != nil && t.n <= int64(s.inlineMax) {
+		if err := q.tryPlaced(t); err != dev.ErrWouldBlock {
+			return err
+		}
+	}
 	if s.try == nil || t.n > int64(s.inlineMax) || t.op > opWrite || q.pace.takeSpread(q.busy > 1) {
 		return dev.ErrWouldBlock
 	}
-	if q.buf == nil {
-		var err error
-		if q.buf, err = s.bufs.get(s.inlineMax); err != nil {
-			return dev.ErrWouldBlock
-		}
+	p := q.own(t.n)
+	if p == nil {
+		return dev.ErrWouldBlock
 	}
-	p := q.buf.mem[:t.n]
 	var err error
 	switch {
 	case t.op == opRead:
@@ -370,6 +394,17 @@ func (q *queue) try(t *task) error {
 	}
 	q.pace.served(int(t.n))
 	return err
+}
+
+// own is n bytes of the thread's own buffer, or nil.
+func (q *queue) own(n int64) []byte {
+	if q.buf == nil {
+		var err error
+		if q.buf, err = q.s.bufs.get(q.s.inlineMax); err != nil {
+			return nil
+		}
+	}
+	return q.buf.mem[:n]
 }
 
 // tryFlush flushes on the queue's thread, if nothing else waits for it and flushes are as short as

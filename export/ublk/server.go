@@ -30,6 +30,7 @@ type server struct {
 	fd        int // /dev/ublkcN
 	d         dev.Device
 	try       dev.Trier      // nil if d has none
+	place     dev.Placer     // nil if d has none
 	flush     dev.TryFlusher // nil if d has none
 	noWait    spaceRefuser   // nil if d has none
 	zero      dev.Zeroer     // nil if d has none
@@ -43,9 +44,12 @@ type server struct {
 	w      workers
 	bufs   buffers
 	served atomic.Uint64 // requests taken from the driver
-	alive  atomic.Int32  // threads
-	ended  chan struct{} // closed when all threads have ended
-	shut   sync.Once
+
+	noNowait  atomic.Bool   // the medium reads only at once
+	ringReads atomic.Uint64 // for tests
+	alive     atomic.Int32  // threads
+	ended     chan struct{} // closed when all threads have ended
+	shut      sync.Once
 }
 
 // newServer opens /dev/ublkcN. start begins to serve; close frees everything.
@@ -55,6 +59,7 @@ func newServer(i *devInfo, d dev.Device, readOnly bool, o *Options) (_ *server, 
 		ended: make(chan struct{}),
 	}
 	s.try, _ = d.(dev.Trier)
+	s.place, _ = d.(dev.Placer)
 	s.flush, _ = d.(dev.TryFlusher)
 	s.noWait, _ = d.(spaceRefuser)
 	s.zero, _ = d.(dev.Zeroer)

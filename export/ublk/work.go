@@ -28,6 +28,10 @@ type task struct {
 	refuse bool
 
 	submitted time.Duration // since epoch; 0: it had to wait for its turn
+
+	// Of a read that the ring does.
+	buf   *buffer
+	place dev.Place
 }
 
 // Classes of tasks.

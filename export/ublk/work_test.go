@@ -57,6 +57,7 @@ func newIdleServer(t *testing.T, d dev.Device, depth int) *server {
 	s.zero, _ = d.(dev.Zeroer)
 	s.w.init(s)
 	q := &queue{s: s, tasks: make([]task, depth)}
+	q.reap = q.complete
 	for i := range q.tasks {
 		q.tasks[i] = task{q: q, tag: uint16(i)}
 	}

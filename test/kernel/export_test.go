@@ -31,8 +31,14 @@ func exportConfig(t *testing.T) vm.Config {
 // TestExports runs the conformance suite of the exports on the kernel's drivers. MICA_KILLS and
 // MICA_ROUNDS make it longer.
 func TestExports(t *testing.T) {
-	m := vm.Start(t, exportConfig(t))
-	env := []string{"MICA_KILLS=" + getenv("MICA_KILLS", "2"), "MICA_ROUNDS=" + getenv("MICA_ROUNDS", "2")}
+	c := exportConfig(t)
+	disk := filepath.Join(t.TempDir(), "disk")
+	if err := os.WriteFile(disk, make([]byte, 16<<20), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	c.Disks = []vm.Disk{{Path: disk}}
+	m := vm.Start(t, c)
+	env := []string{"MICA_DISK=/dev/" + vm.DiskName(0), "MICA_KILLS=" + getenv("MICA_KILLS", "2"), "MICA_ROUNDS=" + getenv("MICA_ROUNDS", "2")}
 	t.Run("ublk", func(t *testing.T) { m.RunTests(t, 10*time.Minute, env, "/bin/ublk.test", "-test.skip=^TestUdev$") })
 	t.Run("nbd", func(t *testing.T) {
 		m.RunTests(t, 10*time.Minute, env, "/bin/nbd.test", "-test.run=^TestConformance")
