@@ -1,6 +1,10 @@
 package fuse
 
-import "time"
+import (
+	"time"
+
+	"golang.org/x/sys/unix"
+)
 
 // A pace watches how long requests take that are served on the thread that has read them. On memory,
 // or from a cache, that is less than handing them to a goroutine costs, also if they are long. On a
@@ -8,18 +12,23 @@ import "time"
 // slow ones pile up, requests go to goroutines for a while, if there are others; then one is tried
 // on the thread again. It belongs to a thread.
 //
-// A slow request now and then is the scheduler's doing, or a cache's miss, and costs less than
-// handing over all of them.
+// A slow request now and then costs less than handing over all of them. And what took long because
+// another thread had the processor is not slow: only a request for which the thread gave up the
+// processor itself is, because it waited. That is asked for a while after one that took long.
 type pace struct {
 	last   time.Duration // when the request at hand was read, since epoch
+	watch  int           // requests that are still watched for waits
+	waits  int64         // of the thread, before the request at hand
 	score  int           // 0..scoreMax: up by scoreSlow for a slow request, down by 1 for others
 	spread int           // requests that should still go to goroutines
+	usage  unix.Rusage   // memory for the question
 }
 
-// A request of n bytes is slow if it takes more than slowRequest and a nanosecond for every 2
-// bytes: several times what memory takes, less than the fastest disk.
+// A request of n bytes takes long from slowRequest and a nanosecond for every 2 bytes on: several
+// times what memory takes, less than most disks.
 const (
 	slowRequest = 20 * time.Microsecond
+	watchFor    = 16
 	scoreSlow   = 8
 	scoreSpread = 24
 	scoreMax    = 32
@@ -37,19 +46,42 @@ func (p *pace) begin(others bool) bool {
 			return false
 		}
 	}
+	if p.watch > 0 {
+		p.waits = p.waited()
+	}
 	p.last = time.Since(epoch)
 	return true
 }
 
 // served notes that a request of n bytes was served on the thread.
-func (p *pace) served(n int) { p.observe(time.Since(epoch)-p.last, n) }
+func (p *pace) served(n int) {
+	long := time.Since(epoch)-p.last > slowRequest+time.Duration(n/2)
+	switch {
+	case p.watch > 0:
+		p.observe(long, long && p.waited() > p.waits)
+	case long:
+		p.watch = watchFor
+	}
+}
 
-func (p *pace) observe(took time.Duration, n int) {
-	if took <= slowRequest+time.Duration(n/2) {
+// observe notes a request that was watched.
+func (p *pace) observe(long, slow bool) {
+	if p.watch--; long {
+		p.watch = watchFor
+	}
+	if !slow {
 		p.score = max(p.score-1, 0)
 		return
 	}
 	if p.score = min(p.score+scoreSlow, scoreMax); p.score >= scoreSpread {
 		p.spread = spreadFor
 	}
+}
+
+// waited counts how often the calling thread has given up the processor to wait.
+func (p *pace) waited() int64 {
+	if unix.Getrusage(unix.RUSAGE_THREAD, &p.usage) != nil {
+		return 0
+	}
+	return p.usage.Nvcsw
 }

@@ -2,6 +2,7 @@ package fuse
 
 import (
 	"path/filepath"
+	"runtime"
 	"sync"
 	"testing"
 	"time"
@@ -12,7 +13,6 @@ import (
 )
 
 func TestPace(t *testing.T) {
-	const slow, fast = time.Millisecond, 5 * time.Microsecond
 	var p pace
 	here := func(others bool, want bool, what string) {
 		t.Helper()
@@ -20,15 +20,16 @@ func TestPace(t *testing.T) {
 			t.Errorf("%s: served on the thread: %v, want %v", what, got, want)
 		}
 	}
+	slow := func() { p.observe(true, true) }
+	fast := func() { p.observe(false, false) }
 	here(true, true, "at the beginning")
-	for range 2 {
-		p.observe(slow, 4096)
-	}
+	slow()
+	slow()
 	here(true, true, "after two slow ones")
-	p.observe(fast, 4096)
-	p.observe(slow, 4096)
+	fast()
+	slow()
 	here(true, true, "when a fast one was among three slow ones")
-	p.observe(slow, 4096)
+	slow()
 	for i := range spreadFor {
 		if i == 5 {
 			here(false, true, "slow, but nothing else to do")
@@ -37,21 +38,60 @@ func TestPace(t *testing.T) {
 		here(true, false, "slow, and others are there")
 	}
 	here(true, true, "one is tried again")
-	p.observe(slow, 4096)
+	slow()
 	here(true, false, "it was slow")
 	p = pace{}
 	for range 100 {
-		p.observe(slow, 4096)
+		slow()
 		for range scoreSlow {
-			p.observe(fast, 4096)
+			fast()
 		}
 	}
 	here(true, true, "one slow in nine")
 	p = pace{}
 	for range 100 {
-		p.observe(300*time.Microsecond, maxIO) // 1 MiB from memory, on a busy machine
+		p.observe(true, false)
 	}
-	here(true, true, "long, and not slow for that")
+	here(true, true, "long, but without a wait")
+}
+
+// TestPaceWaits: a request for which the thread waits is slow, one that only takes long is not.
+func TestPaceWaits(t *testing.T) {
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	var p pace
+	serve := func(work func()) {
+		if p.begin(false) {
+			work()
+			p.served(4096)
+		}
+	}
+	busy := func() {
+		for begin := time.Now(); time.Since(begin) < 2*slowRequest; {
+		}
+	}
+	for range 20 {
+		serve(busy)
+	}
+	if p.watch == 0 {
+		t.Error("requests that take long are not watched")
+	}
+	if p.score >= scoreSpread || p.spread > 0 {
+		t.Errorf("work without a wait is taken for slow: score %d", p.score)
+	}
+	p = pace{}
+	wait := func() {
+		var pipe [1]unix.PollFd
+		if _, err := unix.Poll(pipe[:0], 1); err != nil && err != unix.EINTR {
+			t.Error(err)
+		}
+	}
+	for range 20 {
+		serve(wait)
+	}
+	if p.spread == 0 {
+		t.Errorf("20 requests that waited are not taken for slow: score %d", p.score)
+	}
 }
 
 // TestInlineDefault: the thread that has read a request serves it, however long it is.
