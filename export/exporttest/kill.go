@@ -33,13 +33,13 @@ func serve(d Driver, args []string) error {
 	if err != nil {
 		return err
 	}
-	f, err := dev.OpenFile(args[1], dev.OpenOptions{})
+	f, err := dev.Open(args[1], dev.OpenOptions{})
 	if err != nil {
 		return err
 	}
-	var served device = f
+	served := f.(device)
 	if len(args) > 2 {
-		served = inline{f, f}
+		served = inline{f, f.(dev.Zeroer), f.(dev.Descriptor).Descriptor()}
 	}
 	names, err := e.Survivors(context.Background())
 	if err != nil {
@@ -66,11 +66,22 @@ func serve(d Driver, args []string) error {
 	return e.Close()
 }
 
-// inline makes a file a device that does everything at once.
+// inline makes a file or a disk a device that does everything at once, or tells where it is. What is
+// on a disk is never in the page cache.
 type inline struct {
 	dev.Device
 	dev.Zeroer
+	fd int
 }
+
+func (d inline) PlaceRead(off, n int64) (dev.Place, bool) {
+	unix.Fadvise(d.fd, 0, 0, unix.FADV_DONTNEED)
+	return dev.Place{FD: d.fd, Off: off, Pinner: d}, true
+}
+
+func (d inline) Unpin(uint32) {}
+
+func (d inline) TryFlush() error { return d.Flush() }
 
 func (d inline) TryReadAt(p []byte, off int64) error {
 	_, err := d.Device.ReadAt(p, off)
@@ -334,7 +345,11 @@ func (l *load) end(path string) {
 // restarts runs servers one after the other under load; each is ended by end.
 func restarts(t *testing.T, d Driver, n int, mode string, end func(c *child)) {
 	dir := ground(t, d).Dir
-	file := backing(t, dir, loadSize)
+	restartsOn(t, d, dir, backing(t, dir, loadSize), n, mode, end)
+}
+
+// restartsOn serves a file or a disk.
+func restartsOn(t *testing.T, d Driver, dir, file string, n int, mode string, end func(c *child)) {
 	args := []string{"suite-serve", dir, file}
 	if mode != "" {
 		args = append(args, mode)
@@ -366,11 +381,17 @@ func restarts(t *testing.T, d Driver, n int, mode string, end func(c *child)) {
 	}
 }
 
-// testKill kills the server in the middle of verified writes, again and again.
+// testKill kills the server in the middle of verified writes, again and again. MICA_DISK names a block
+// device that may be overwritten, to serve that too.
 func testKill(t *testing.T, d Driver) {
 	n := number("MICA_KILLS", 5)
 	t.Run("workers", func(t *testing.T) { restarts(t, d, n, "", func(c *child) { c.kill(t) }) })
 	t.Run("inline", func(t *testing.T) { restarts(t, d, n, "inline", func(c *child) { c.kill(t) }) })
+	if disk := os.Getenv("MICA_DISK"); disk != "" {
+		t.Run("disk", func(t *testing.T) {
+			restartsOn(t, d, ground(t, d).Dir, disk, n, "inline", func(c *child) { c.kill(t) })
+		})
+	}
 }
 
 // testRestart ends servers in order, under load.
