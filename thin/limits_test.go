@@ -194,7 +194,7 @@ func TestManyDataBitmaps(t *testing.T) {
 func TestDeleteInSteps(t *testing.T) {
 	p := newTestPool(t, 1, 16384, 700000)
 	p.create(1)
-	for vb := VBlock(0); vb < 300000; vb += 10000 {
+	for vb := VBlock(0); vb < 100000; vb += 10000 {
 		p.insert(1, vb, 10000, 1)
 	}
 	p.snap(2, 1)
@@ -206,7 +206,7 @@ func TestDeleteInSteps(t *testing.T) {
 	p.commit()
 	p.compare()
 	p.check()
-	steps, left := 0, uint64(300000)
+	steps, left := 0, uint64(100000)
 	for done := false; !done; steps++ {
 		done = p.deleteStep(1)
 		if !done {
@@ -219,12 +219,12 @@ func TestDeleteInSteps(t *testing.T) {
 			left = d.MappedBlocks
 		}
 		p.commit()
-		if done || steps%8 == 0 {
+		if done || steps%16 == 0 {
 			p.check()
 		}
 	}
-	if want := 1800 / deleteLeaves; steps < want/2 || steps > want+10 {
-		t.Errorf("1800 leaves went in %d steps, want about %d", steps, want)
+	if want := 600 / deleteLeaves; steps < want/2 || steps > want+10 {
+		t.Errorf("600 leaves went in %d steps, want about %d", steps, want)
 	}
 	p.thinCheck()
 }
