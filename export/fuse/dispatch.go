@@ -24,6 +24,10 @@ func (s *server) dispatch(r *request, b *buffer, at *pace, alone bool) (*buffer,
 			s.reply(b, r.unique, unix.EINVAL, 0)
 			return b, nil
 		}
+		if r.op == opFsync && alone && s.atWork.Load() == 0 && s.flushes.short() {
+			s.reply(b, r.unique, errnoOf(s.flush()), 0)
+			return b, nil
+		}
 		return s.delegate(r, b, -1, 0)
 	case opForget, opBatchForget, opInterrupt:
 		// Nothing to forget; what has begun is finished. None of them has a reply.
@@ -224,7 +228,7 @@ func (s *server) work(sl *slot) {
 		_, err := s.d.WriteAt(r.data, int64(r.off))
 		s.written(r, b, err)
 	case opFsync:
-		s.reply(b, r.unique, errnoOf(s.d.Flush()), 0)
+		s.reply(b, r.unique, errnoOf(s.flush()), 0)
 	case opFallocate:
 		s.reply(b, r.unique, errnoOf(s.fallocate(r)), 0)
 	case opLseek:

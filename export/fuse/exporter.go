@@ -212,6 +212,7 @@ func (e *Exporter) attach(ctx context.Context, name string, d dev.Device, o expo
 	}
 	a.s.park, a.s.onEnd = e.park.park, a.cut
 	a.s.join(&e.crew)
+	a.s.greet()
 	a.s.start()
 	defer func() {
 		if err != nil {

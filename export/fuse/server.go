@@ -71,8 +71,9 @@ type server struct {
 	gone    chan struct{} // closed when the connection has ended
 	once    sync.Once     // closes gone
 	served  atomic.Uint64 // requests read
-	atWork  atomic.Int32  // requests that goroutines serve
-	alone   atomic.Bool   // one thread serves
+	flushes flushTime
+	atWork  atomic.Int32 // requests that goroutines serve
+	alone   atomic.Bool  // one thread serves
 	workers sync.WaitGroup
 	thr     sync.WaitGroup
 
@@ -141,6 +142,31 @@ func (s *server) start() {
 	defer s.mu.Unlock()
 	if s.running == 0 {
 		s.addLocked()
+	}
+}
+
+// greet answers the kernel's first request, INIT, which is there when a mount returns: before start,
+// on the thread that has mounted, which would wait for another one to do so. If it is not there yet, a
+// thread finds it.
+func (s *server) greet() {
+	b, err := s.bufs.get(classes[0])
+	if err != nil {
+		return
+	}
+	defer s.bufs.put(b)
+	in := b.in()
+	n, errno := sysRead(s.fd, in)
+	if errno != 0 {
+		return
+	}
+	s.served.Add(1)
+	var r request
+	if err := r.parse(in[:n]); err != nil || r.op != opInit {
+		s.end(fmt.Errorf("request %d before INIT (%v): %w", r.op, err, errEnded))
+		return
+	}
+	if err := s.init(&r, b); err != nil {
+		s.end(err)
 	}
 }
 
