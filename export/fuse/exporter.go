@@ -229,24 +229,32 @@ func (e *Exporter) attach(ctx context.Context, name string, d dev.Device, o expo
 	}
 	a.rec.Kernel = a.s.kernel
 
-	// The holder gets the connection when the node works. If this process dies before, the
-	// connection ends with it, and the next one clears away what has a directory.
+	// The holder gets the connection while the loop device is made. If this process dies before it is
+	// told that the node works, the next one clears away what there is, when the helper is done.
 	if err := e.roll.enter(e.help.PID()); err != nil {
 		return nil, err
 	}
-	if a.rec.Loop, err = e.attachLoop(ctx, a, loop.Config{Backing: e.backing(name), ReadOnly: o.ReadOnly, SectorSize: o.SectorSize}); err != nil {
+	put := make(chan error, 1)
+	if e.held(a.rec) {
+		rec := a.rec
+		go func() { put <- e.keep.put(name, rec, fd) }()
+		defer func() {
+			if err != nil {
+				e.keep.drop(name)
+			}
+		}()
+	} else {
+		put <- nil
+	}
+	a.rec.Loop, err = e.attachLoop(ctx, a, loop.Config{Backing: e.backing(name), ReadOnly: o.ReadOnly, SectorSize: o.SectorSize})
+	if err = errors.Join(err, <-put); err != nil {
 		return nil, err
 	}
 	node.LimitDirty(a.rec.Loop.Node, o.DirtyBytes)
 	e.reap.used(a.rec.Loop)
 	a.rec.Live = true
 	if e.held(a.rec) {
-		err = e.keep.put(name, a.rec, fd)
-		defer func() {
-			if err != nil {
-				e.keep.drop(name)
-			}
-		}()
+		err = e.keep.settle(name, a.rec)
 	}
 	if err == nil {
 		err = e.links.Make(name, a.rec.Loop.Node)

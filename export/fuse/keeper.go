@@ -147,6 +147,27 @@ func (k *keeper) set(name string, r record) error {
 	return err
 }
 
+// settle changes a record when its attach is done, without a wait for the holder.
+func (k *keeper) settle(name string, r record) error {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	h, ok := k.held[name]
+	if !ok {
+		return fmt.Errorf("%q: %w", name, holder.ErrNotFound)
+	}
+	h.rec = r
+	k.held[name] = h
+	err := k.c.SetBlobSoon(heldPrefix+name, r.json(), func(err error) {
+		if !errors.Is(err, holder.ErrGone) && !errors.Is(err, holder.ErrNotFound) { // else watch puts it, or it was dropped
+			k.log.Error("the holder keeps an old record; a death of this process would end the device", "name", name, "error", err)
+		}
+	})
+	if errors.Is(err, holder.ErrGone) {
+		return nil
+	}
+	return err
+}
+
 // leave makes sure that the holder has a connection, whose descriptor this process is about to
 // close.
 func (k *keeper) leave(name string, r record, fd int) error {

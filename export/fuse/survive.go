@@ -185,10 +185,10 @@ func (e *Exporter) dropSurvivor(name string, rec record) error {
 	if err := e.keep.drop(name); err != nil {
 		return err
 	}
-	if rec.Helper != 0 {
-		// It may be about to put a loop device on the file. The end of the connection lets it go.
-		abort(e.mountDir(name))
-		waitGone(rec.Helper, callTag(e.backing(name)), helperWait)
+	if !rec.Live {
+		if err := e.waitHelpers(name, rec.Helper); err != nil {
+			return err
+		}
 	}
 	err := e.removeMount(name)
 	if rec.Loop.Node != "" && loop.Backing(rec.Loop.Number) != "" {
@@ -251,6 +251,20 @@ func gone(r record, backing string) bool {
 	return now != backing && filepath.Base(now) != diskName
 }
 
+// waitHelpers waits for helpers of a predecessor, and another process if that is not 0, that may be
+// about to put a loop device on an attachment's file. The end of the connection lets them go.
+func (e *Exporter) waitHelpers(name string, other int) error {
+	abort(e.mountDir(name))
+	helpers, err := e.roll.read()
+	if err != nil {
+		return err
+	}
+	for _, pid := range append(helpers, other) {
+		waitGone(pid, callTag(e.backing(name)), helperWait)
+	}
+	return nil
+}
+
 // cleanDir removes a mount point that is nobody's, and loop devices on it.
 func (e *Exporter) cleanDir(name string) error {
 	dir := e.mountDir(name)
@@ -260,14 +274,8 @@ func (e *Exporter) cleanDir(name string) error {
 		}
 	}
 	e.o.Logger.Warn("clear away the rest of an attachment", "name", name)
-	// A helper may be about to put a loop device on the file. The end of the connection lets it go.
-	abort(dir)
-	helpers, err := e.roll.read()
-	if err != nil {
+	if err := e.waitHelpers(name, 0); err != nil {
 		return err
-	}
-	for _, pid := range helpers {
-		waitGone(pid, callTag(e.backing(name)), helperWait)
 	}
 	if e.keep != nil {
 		// The holder may have read a dead predecessor's last message only now.

@@ -92,12 +92,25 @@ func (c *Client) receiveLoop() {
 func (c *Client) exchange(m message, fd int) (answer, int, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if err := send(c.c, m, fd); err != nil {
-		if errors.Is(err, net.ErrClosed) || errors.Is(err, unix.EPIPE) || errors.Is(err, unix.ECONNRESET) {
-			err = ErrGone
-		}
-		return answer{}, -1, fmt.Errorf("holder: %s %q: %w", m.Op, m.Name, err)
+	if err := c.send(m, fd); err != nil {
+		return answer{}, -1, err
 	}
+	return c.answer(m)
+}
+
+func (c *Client) send(m message, fd int) error {
+	err := send(c.c, m, fd)
+	if errors.Is(err, net.ErrClosed) || errors.Is(err, unix.EPIPE) || errors.Is(err, unix.ECONNRESET) {
+		err = ErrGone
+	}
+	if err != nil {
+		return fmt.Errorf("holder: %s %q: %w", m.Op, m.Name, err)
+	}
+	return nil
+}
+
+// answer waits for the answer to a message that was sent, under the same lock.
+func (c *Client) answer(m message) (answer, int, error) {
 	t := time.NewTimer(answerTime)
 	defer t.Stop()
 	select {
@@ -138,6 +151,28 @@ func (c *Client) Put(name string, blob json.RawMessage, fd int) error {
 // SetBlob changes the blob of a name that is held. ErrNotFound if it is not.
 func (c *Client) SetBlob(name string, blob json.RawMessage) error {
 	return c.plain(message{Op: "blob", Name: name, Blob: blob}, -1)
+}
+
+// SetBlobSoon is SetBlob without the wait for the answer: the holder does it, also if this process
+// dies now, because what was sent stays in the socket. failed is told if it refused.
+func (c *Client) SetBlobSoon(name string, blob json.RawMessage, failed func(error)) error {
+	m := message{Op: "blob", Name: name, Blob: blob}
+	c.mu.Lock()
+	if err := c.send(m, -1); err != nil {
+		c.mu.Unlock()
+		return err
+	}
+	go func() {
+		_, fd, err := c.answer(m)
+		c.mu.Unlock() // the next exchange begins after this one
+		if fd >= 0 {
+			unix.Close(fd)
+		}
+		if err != nil {
+			failed(err)
+		}
+	}()
+	return nil
 }
 
 // Get returns a copy of the descriptor, close-on-exec, and its blob. The holder keeps its own.

@@ -89,7 +89,7 @@ func Attach(ctx context.Context, c Config) (Device, error) {
 		}
 		err = configure(d.Node, backing, c)
 		if err == nil {
-			limitRequests(n)
+			minors.setUp(n)
 			return d, nil
 		}
 		last = fmt.Errorf("%s on %s: %w", d.Node, c.Backing, err)

@@ -39,11 +39,14 @@ func openControl() (int, error) {
 // to something else. ErrNotBound if the kernel has no such device.
 func ensureNode(n int) (string, error) {
 	path := "/dev/loop" + strconv.Itoa(n)
+	var st unix.Stat_t
+	if known, ok := minors.number(n); ok && unix.Stat(path, &st) == nil && st.Mode&unix.S_IFMT == unix.S_IFBLK && st.Rdev == known {
+		return path, nil
+	}
 	dev, err := deviceNumber(n)
 	if err != nil {
 		return "", err
 	}
-	var st unix.Stat_t
 	err = unix.Stat(path, &st)
 	if err == nil && st.Mode&unix.S_IFMT == unix.S_IFBLK && st.Rdev == dev {
 		return path, nil
@@ -110,10 +113,14 @@ func NumberOf(node string) (int, error) {
 // minors remembers which minors this process has seen, so that an attach does not read a list of
 // all devices to tell whether the kernel has made one for it. What others make or remove
 // meanwhile it does not learn: the worst that comes of it is a free minor that is taken away,
-// which the kernel makes again when somebody wants it, or one that stays.
-var minors struct {
-	mu   sync.Mutex
-	seen map[int]bool // guarded by mu; nil before the first look
+// which the kernel makes again when somebody wants it, or one that stays. It also remembers which it
+// has set up; if others made such a one anew, its requests are longer than they should be.
+var minors minorTable
+
+type minorTable struct {
+	mu    sync.Mutex
+	seen  map[int]bool   // guarded by mu; nil before the first look
+	ready map[int]uint64 // guarded by mu; device numbers of those that are set up as we want them
 }
 
 // knowMinors looks which minors are there, the first time.
@@ -134,9 +141,36 @@ func newMinor(n int) bool {
 	return !was
 }
 
+// number returns the device number of a minor that was set up.
+func (m *minorTable) number(n int) (uint64, bool) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	number, ok := m.ready[n]
+	return number, ok
+}
+
+// setUp limits the requests of a minor that the next file finds as this one leaves it, once.
+func (m *minorTable) setUp(n int) {
+	if _, ok := m.number(n); ok {
+		return
+	}
+	limitRequests(n)
+	number, err := deviceNumber(n)
+	if err != nil {
+		return
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.ready == nil {
+		m.ready = make(map[int]uint64)
+	}
+	m.ready[n] = number
+}
+
 // forgetMinor is for one that was removed.
 func forgetMinor(n int) {
 	minors.mu.Lock()
 	defer minors.mu.Unlock()
 	delete(minors.seen, n)
+	delete(minors.ready, n)
 }
