@@ -202,6 +202,55 @@ func TestLastMessage(t *testing.T) {
 	}
 }
 
+// TestSetBlobSoon: a blob that was sent is there, whatever becomes of the sender; a refusal is told.
+func TestSetBlobSoon(t *testing.T) {
+	socket, _ := inProcess(t, time.Minute)
+	fd := memFile(t, "x")
+	defer unix.Close(fd)
+	nobody := func(err error) {
+		if !errors.Is(err, ErrGone) { // the sender closes its connection
+			t.Errorf("refused: %v", err)
+		}
+	}
+	for i := range 200 {
+		name, want := fmt.Sprint(i), fmt.Sprintf(`{"n":%d}`, i)
+		c, err := Dial(socket)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := c.Put(name, json.RawMessage(`{}`), fd); err != nil {
+			t.Fatal(err)
+		}
+		if err := c.SetBlobSoon(name, json.RawMessage(want), nobody); err != nil {
+			t.Fatal(err)
+		}
+		if i%2 == 0 {
+			c.Close() // without the answer
+			c = dial(t, socket)
+		}
+		got, blob, err := c.Get(name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		unix.Close(got)
+		if string(blob) != want {
+			t.Fatalf("round %d: the blob is %s, want %s", i, blob, want)
+		}
+		c.Close()
+	}
+	c := dial(t, socket)
+	refused := make(chan error, 1)
+	if err := c.SetBlobSoon("nobody", json.RawMessage(`{}`), func(err error) { refused <- err }); err != nil {
+		t.Fatal(err)
+	}
+	if err := <-refused; !errors.Is(err, ErrNotFound) {
+		t.Errorf("a blob for a name that is not held: %v, want ErrNotFound", err)
+	}
+	if _, err := c.List(); err != nil { // the exchange after it has its own answer
+		t.Error(err)
+	}
+}
+
 func TestList(t *testing.T) {
 	socket, _ := inProcess(t, time.Minute)
 	c := dial(t, socket)
