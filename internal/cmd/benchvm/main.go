@@ -25,7 +25,7 @@ func main() {
 	out := flag.String("o", "vm.json", "file to write")
 	memory := flag.String("memory", "/dev/shm", "directory in memory, for the machine's disks")
 	size := flag.Int64("size", 128<<20, "length of the devices, bytes")
-	rounds := flag.Int("rounds", 3, "rounds of each job")
+	rounds := flag.Int("rounds", 5, "rounds of each job")
 	runtime := flag.Duration("runtime", 500*time.Millisecond, "how long a job runs")
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt)
