@@ -38,7 +38,7 @@ type spaceRefuser interface {
 // A server answers the requests of one FUSE connection from one device.
 //
 // Threads: hands of the exporter's crew (serve) read requests from the same descriptor, one, or
-// more when one finds request after request. A request that the device can do at once is done
+// more when one finds request after request and more are faster (tuner). A request that the device can do at once is done
 // and answered there; others get a slot, and a goroutine of their own (work). If nothing happens
 // for a while the hands go, and the descriptor is watched by the exporter's parker, which starts
 // the server again.
@@ -72,6 +72,7 @@ type server struct {
 	once    sync.Once     // closes gone
 	served  atomic.Uint64 // requests read
 	flushes flushTime
+	tune    tuner
 	atWork  atomic.Int32 // requests that goroutines serve
 	alone   atomic.Bool  // one thread serves
 	workers sync.WaitGroup
@@ -80,6 +81,7 @@ type server struct {
 	mu       sync.Mutex
 	cond     *sync.Cond // of mu: a slot or payload bytes were given back
 	running  int        // guarded by mu; threads
+	leaving  bool       // guarded by mu; one of them is about to end, others go on
 	stopping bool       // guarded by mu
 	slots    []*slot    // guarded by mu; unused
 	made     int        // guarded by mu; slots made, at most maxBackground
@@ -229,6 +231,7 @@ func (s *server) end(why error) {
 func (s *server) exit(idle bool) {
 	s.mu.Lock()
 	s.running--
+	s.leaving = false
 	s.alone.Store(s.running == 1)
 	last := s.running == 0 && idle && !s.stopping
 	s.mu.Unlock()
@@ -236,6 +239,17 @@ func (s *server) exit(idle bool) {
 		s.start()
 	}
 	s.thr.Done()
+}
+
+// leave tells whether the calling thread may end because there is another one.
+func (s *server) leave() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.running < 2 || s.leaving {
+		return false
+	}
+	s.leaving = true
+	return true
 }
 
 // retryPause is how long a thread that lacks memory or descriptors waits before it tries again.
@@ -290,12 +304,17 @@ func (s *server) loop(h *hand) (idle bool, err error) {
 		n, errno := sysRead(s.fd, in)
 		switch errno {
 		case 0:
-			if run++; run == longRun && s.alone.Load() {
+			if run++; run >= longRun && s.threads > 1 && s.alone.Load() && s.tune.two.Load() {
 				s.help()
 			}
 			mine++
 		case unix.EAGAIN:
 			run = 0
+			// There is nothing to read, so that what comes now wakes the other thread.
+			if !s.tune.two.Load() && !s.alone.Load() && s.leave() {
+				return true, nil // if the other one has just ended as well, this is the last
+			}
+			s.tune.waits.Add(1)
 			stop, timeout, err := s.wait(epfd)
 			if err != nil || stop {
 				return false, err
@@ -316,7 +335,9 @@ func (s *server) loop(h *hand) (idle bool, err error) {
 		default:
 			return false, fmt.Errorf("read /dev/fuse: %w", errno)
 		}
-		s.served.Add(1)
+		if n := s.served.Add(1); n%tuneEvery == 0 {
+			s.tune.look(n, s.alone.Load())
+		}
 		if perr := req.parse(in[:n]); perr != nil {
 			s.log.Error("fuse request", "error", perr)
 			if req.unique != 0 && req.op != opForget && req.op != opBatchForget && req.op != opInterrupt {
