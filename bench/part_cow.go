@@ -80,6 +80,7 @@ func (r *runner) cow(ctx context.Context, id string, makers []store.Maker, first
 	}
 	t.Targets = append(t.Targets,
 		Target{Row: nameFirst(shape) + ": space", Own: "mica", Want: 4 * 64, AtMost: true},
+		Target{Row: nameFirst(shape), Own: "mica", Want: 3.7, AtMost: true},
 		Target{Row: nameFirst(shape), Own: "mica", Peer: "overlayfs", Want: firstWrite, Gain: true})
 	return nil
 }
