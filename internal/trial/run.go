@@ -560,7 +560,7 @@ func (t *Trial) grow(o Op) error {
 		}
 		err := t.Pool.GrowMetadata(ctx, n*4096)
 		if now, serr := t.Pool.Status(ctx); err != nil && !isDeviceError(err) && serr == nil && int64(now.MetaBlocks) >= n {
-			return nil // another worker was quicker
+			return t.Pool.Commit(ctx) // another worker was quicker, and may not be done
 		}
 		return err
 	}
@@ -593,13 +593,14 @@ func (t *Trial) noting(marks *[]mark, value uint64, do func() error) error {
 	return nil
 }
 
-// ignoreShrink: another worker was quicker, and the pool is longer already.
+// ignoreShrink: another worker was quicker, and the pool is longer already; what it did may be on its way
+// to the medium yet.
 func ignoreShrink(p *user.Pool, n uint64, err error) error {
 	if err == nil {
 		return nil
 	}
 	if st, serr := p.Status(ctx); serr == nil && st.DataBlocks > n {
-		return nil
+		return p.Commit(ctx)
 	}
 	return err
 }
