@@ -93,11 +93,8 @@ func (p *Pool) Delete(ctx context.Context, id thin.DevID) error {
 			return p.commitNow()
 		}
 		p.wakeCommitLoop()
-		// Whoever waits for the metadata comes first, and where others flush they get the
-		// processor for half of the time.
-		runtime.Gosched()
-		if now := p.flushes.Load(); now != flushes {
-			flushes = now
+		runtime.Gosched() // whoever waits for the metadata comes first
+		if p.giveWay(&flushes) {
 			time.Sleep(min(time.Since(begin), time.Millisecond))
 		}
 		if step%deleteSteps == 0 {
@@ -109,6 +106,15 @@ func (p *Pool) Delete(ctx context.Context, id thin.DevID) error {
 			return errors.Join(fmt.Errorf("%s: interrupted, it has lost some of its blocks: %w", what, err), p.commitNow())
 		}
 	}
+}
+
+// giveWay tells whether a delete should rest after a step: devices were flushed since the last one, so
+// that somebody waits for the processor; and nobody waits for the space.
+func (p *Pool) giveWay(flushes *uint64) bool {
+	now := p.flushes.Load()
+	others := now != *flushes
+	*flushes = now
+	return others && !p.outOfSpace.Load()
 }
 
 // deleteStep does one step in the open transaction.

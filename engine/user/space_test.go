@@ -468,3 +468,34 @@ func TestShortMetadataManyWriters(t *testing.T) {
 		t.Errorf("%d pools had room for a snapshot, want 5 at least", pools)
 	}
 }
+
+// TestDeleteGivesWay: a delete rests where others flush, but not while writes wait for its space.
+func TestDeleteGivesWay(t *testing.T) {
+	tp := newPool(t, poolSize{}, Options{})
+	tp.create(1)
+	h, err := tp.p.Open(ctx, 1, engine.OpenOptions{SizeBytes: block})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer h.Close()
+	flushes := tp.p.flushes.Load()
+	if tp.p.giveWay(&flushes) {
+		t.Error("it rests for nobody")
+	}
+	for range 2 {
+		if err := h.Flush(); err != nil {
+			t.Fatal(err)
+		}
+		if !tp.p.giveWay(&flushes) {
+			t.Error("it does not rest though others flush")
+		}
+	}
+	if err := h.Flush(); err != nil {
+		t.Fatal(err)
+	}
+	tp.p.outOfSpace.Store(true)
+	if tp.p.giveWay(&flushes) {
+		t.Error("it rests while writes wait for space")
+	}
+	tp.p.outOfSpace.Store(false)
+}
