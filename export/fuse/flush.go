@@ -3,6 +3,8 @@ package fuse
 import (
 	"sync/atomic"
 	"time"
+
+	"mica/export/pacing"
 )
 
 // A flushTime is how long flushes of a device take, a running mean in nanoseconds; 0 is not known yet.
@@ -19,15 +21,11 @@ func (f *flushTime) short() bool {
 	return m > 0 && m <= int64(shortFlush)
 }
 
-// took notes a flush. One that is far longer than the others counts for less, once.
+// took notes a flush.
 func (f *flushTime) took(d time.Duration) {
-	m := f.mean.Load()
-	if m == 0 {
-		m = int64(d)
-	} else {
-		m += (min(int64(d), 8*m) - m) / 8
-	}
-	f.mean.Store(max(m, 1)) // two at a time may lose one
+	m := time.Duration(f.mean.Load())
+	pacing.Mean(&m, d)
+	f.mean.Store(int64(m)) // two at a time may lose one
 }
 
 // flush makes everything acknowledged before durable.

@@ -3,6 +3,8 @@ package fuse
 import (
 	"time"
 
+	"mica/export/pacing"
+
 	"golang.org/x/sys/unix"
 )
 
@@ -16,12 +18,11 @@ import (
 // another thread had the processor is not slow: only a request for which the thread gave up the
 // processor itself is, because it waited. That is asked for a while after one that took long.
 type pace struct {
-	last   time.Duration // when the request at hand was read, since epoch
-	watch  int           // requests that are still watched for waits
-	waits  int64         // of the thread, before the request at hand
-	score  int           // 0..scoreMax: up by scoreSlow for a slow request, down by 1 for others
-	spread int           // requests that should still go to goroutines
-	usage  unix.Rusage   // memory for the question
+	pacing.Score
+	last  time.Duration // when the request at hand was read, since epoch
+	watch int           // requests that are still watched for waits
+	waits int64         // of the thread, before the request at hand
+	usage unix.Rusage   // memory for the question
 }
 
 // A request of n bytes takes long from slowRequest and a nanosecond for every 2 bytes on: more than
@@ -29,10 +30,6 @@ type pace struct {
 const (
 	slowRequest = 80 * time.Microsecond
 	watchFor    = 16
-	scoreSlow   = 8
-	scoreSpread = 24
-	scoreMax    = 32
-	spreadFor   = 32
 )
 
 var epoch = time.Now()
@@ -40,11 +37,8 @@ var epoch = time.Now()
 // begin tells whether the request at hand, small enough as it is, should be served on the thread;
 // others says that more are under way.
 func (p *pace) begin(others bool) bool {
-	if p.spread > 0 {
-		p.spread--
-		if others {
-			return false
-		}
+	if p.Spread(others) {
+		return false
 	}
 	if p.watch > 0 {
 		p.waits = p.waited()
@@ -69,13 +63,7 @@ func (p *pace) observe(long, slow bool) {
 	if p.watch--; long {
 		p.watch = watchFor
 	}
-	if !slow {
-		p.score = max(p.score-1, 0)
-		return
-	}
-	if p.score = min(p.score+scoreSlow, scoreMax); p.score >= scoreSpread {
-		p.spread = spreadFor
-	}
+	p.Note(slow)
 }
 
 // waited counts how often the calling thread has given up the processor to wait.

@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"mica/dev"
+	"mica/export/pacing"
 
 	"golang.org/x/sys/unix"
 )
@@ -30,7 +31,7 @@ func TestPace(t *testing.T) {
 	slow()
 	here(true, true, "when a fast one was among three slow ones")
 	slow()
-	for i := range spreadFor {
+	for i := range pacing.For {
 		if i == 5 {
 			here(false, true, "slow, but nothing else to do")
 			continue
@@ -43,7 +44,7 @@ func TestPace(t *testing.T) {
 	p = pace{}
 	for range 100 {
 		slow()
-		for range scoreSlow {
+		for range pacing.Slow {
 			fast()
 		}
 	}
@@ -76,8 +77,8 @@ func TestPaceWaits(t *testing.T) {
 	if p.watch == 0 {
 		t.Error("requests that take long are not watched")
 	}
-	if p.score >= scoreSpread || p.spread > 0 {
-		t.Errorf("work without a wait is taken for slow: score %d", p.score)
+	if p.Points >= pacing.Limit || p.Left > 0 {
+		t.Errorf("work without a wait is taken for slow: score %d", p.Points)
 	}
 	p = pace{}
 	wait := func() {
@@ -89,8 +90,8 @@ func TestPaceWaits(t *testing.T) {
 	for range 20 {
 		serve(wait)
 	}
-	if p.spread == 0 {
-		t.Errorf("20 requests that waited are not taken for slow: score %d", p.score)
+	if p.Left == 0 {
+		t.Errorf("20 requests that waited are not taken for slow: score %d", p.Points)
 	}
 }
 

@@ -253,11 +253,10 @@ func (c *conn) read(r *request) error {
 // spread tells whether the request at hand, small as it is, should go to a worker: the device was
 // slow just now, and there are others to be served at the same time.
 func (c *conn) spread() bool {
-	if c.pace.spread == 0 {
-		return false
+	if c.pace.Left == 0 {
+		return false // without a look at the others
 	}
-	c.pace.spread--
-	return c.in.buffered() >= requestSize || c.w.inFlight() > 0
+	return c.pace.Spread(c.in.buffered() >= requestSize || c.w.inFlight() > 0)
 }
 
 // bigRead submits a READ of more than inlineMax bytes. With structured replies it is served in

@@ -16,6 +16,7 @@ import (
 	"time"
 
 	"mica/dev"
+	"mica/export/pacing"
 )
 
 // gate holds requests of a Fault device until it is opened.
@@ -369,7 +370,7 @@ func TestSlowDeviceIsServedInParallel(t *testing.T) {
 	for _, cmd := range []uint16{cmdRead, cmdWrite} {
 		f := dev.NewFault(dev.NewMem(1 << 20))
 		_, c := serveDevice(t, f, ExportOptions{}, false, false)
-		const slow, together = scoreSpread / scoreSlow, 8
+		const slow, together = pacing.Limit / pacing.Slow, 8
 		all := make(chan struct{})
 		var n atomic.Int64
 		f.Add(dev.Rule{Ops: dev.OpRead | dev.OpWrite, Pass: true, Before: func(dev.Op, int64, int64) {

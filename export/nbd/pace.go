@@ -1,6 +1,10 @@
 package nbd
 
-import "time"
+import (
+	"time"
+
+	"mica/export/pacing"
+)
 
 // A pace watches how long requests that are served inline take. On memory or in a cache that is
 // less than handing them to a worker would take; on a disk it is long, and a client with many
@@ -10,20 +14,13 @@ import "time"
 // A slow request now and then is the scheduler's doing, or a cache's miss, and costs less than
 // using workers for all would.
 type pace struct {
-	last   time.Duration // when the last request was done, or the last receive
-	score  int           // 0..scoreMax: up by scoreSlow for a slow request, down by 1 for others
-	spread int           // requests that should still go to workers
+	pacing.Score
+	last time.Duration // when the last request was done, or the last receive
 }
 
 // A request of n bytes is slow if it takes more than slowRequest and a nanosecond for every 4
 // bytes: several times what memory takes, less than the fastest disk.
-const (
-	slowRequest = 20 * time.Microsecond
-	scoreSlow   = 8
-	scoreSpread = 24
-	scoreMax    = 32
-	spreadFor   = 32
-)
+const slowRequest = 20 * time.Microsecond
 
 var epoch = time.Now()
 
@@ -36,11 +33,5 @@ func (p *pace) served(n int) {
 }
 
 func (p *pace) observe(took time.Duration, n int) {
-	if took <= slowRequest+time.Duration(n/4) {
-		p.score = max(p.score-1, 0)
-		return
-	}
-	if p.score = min(p.score+scoreSlow, scoreMax); p.score >= scoreSpread {
-		p.spread = spreadFor
-	}
+	p.Note(took > slowRequest+time.Duration(n/4))
 }

@@ -34,7 +34,7 @@ func TestPace(t *testing.T) {
 		for _, d := range tt.took {
 			p.observe(d, 4096)
 		}
-		if got := p.spread > 0; got != tt.want {
+		if got := p.Left > 0; got != tt.want {
 			t.Errorf("%s: spread %v, want %v", name, got, tt.want)
 		}
 	}
@@ -42,7 +42,7 @@ func TestPace(t *testing.T) {
 	for range 10 {
 		p.observe(30*time.Microsecond, 64<<10) // long requests may take longer
 	}
-	if p.spread != 0 {
+	if p.Left != 0 {
 		t.Error("requests of 64 KiB in 30 us count as slow")
 	}
 }

@@ -1,26 +1,24 @@
 package ublk
 
-import "time"
+import (
+	"time"
+
+	"mica/export/pacing"
+)
 
 // A pace watches how long requests take that are served on the queue's thread, and how long the way
 // to a worker and back takes: on a disk they would be done one after the other, and workers do many
 // at once; in memory, and where a change of threads is dear, the way would be longer than the
 // work. It belongs to the queue's thread.
 type pace struct {
-	last   time.Duration
-	score  int
-	spread int // requests that should still go to workers
-
+	pacing.Score
+	last    time.Duration
 	handoff time.Duration // to a worker and back, a running mean
 	flush   time.Duration // of the medium, a running mean
 }
 
 const (
 	slowRequest = 20 * time.Microsecond // at least, and a nanosecond for every 4 bytes
-	scoreSlow   = 8
-	scoreSpread = 24
-	scoreMax    = 32
-	spreadFor   = 32
 
 	// A flush that takes so long is nothing that other requests wait for; or so many times the
 	// way to a worker.
@@ -40,24 +38,9 @@ func (p *pace) took() time.Duration {
 	return d
 }
 
-// takeSpread tells whether the next request should go to a worker; others are under way.
-func (p *pace) takeSpread(others bool) bool {
-	if p.spread == 0 {
-		return false
-	}
-	p.spread--
-	return others
-}
-
 // served notes a request of n bytes that was served here.
 func (p *pace) served(n int) {
-	if p.took() <= max(slowRequest, p.handoff)+time.Duration(n/4) {
-		p.score = max(p.score-1, 0)
-		return
-	}
-	if p.score = min(p.score+scoreSlow, scoreMax); p.score >= scoreSpread {
-		p.spread = spreadFor
-	}
+	p.Note(p.took() > max(slowRequest, p.handoff)+time.Duration(n/4))
 }
 
 // taskTimes are the moments of a request that a worker serves, since epoch. Zero begun: it had to
@@ -72,9 +55,9 @@ func (p *pace) returned(t taskTimes, now time.Duration) {
 	if t.begun == 0 {
 		return
 	}
-	mean(&p.handoff, t.begun-t.submitted+now-t.ended)
+	pacing.Mean(&p.handoff, t.begun-t.submitted+now-t.ended)
 	if t.flush {
-		mean(&p.flush, t.ended-t.begun)
+		pacing.Mean(&p.flush, t.ended-t.begun)
 	}
 }
 
@@ -85,14 +68,4 @@ func (p *pace) flushHere() bool {
 }
 
 // flushed notes a flush that was done here.
-func (p *pace) flushed() { mean(&p.flush, p.took()) }
-
-// mean moves a running mean towards a sample, by an eighth of the difference; a sample that is far
-// away, as when the processor was taken away, counts for less.
-func mean(m *time.Duration, sample time.Duration) {
-	if *m == 0 {
-		*m = max(sample, 1)
-		return
-	}
-	*m = max(*m+(min(sample, 8**m)-*m)/8, 1)
-}
+func (p *pace) flushed() { pacing.Mean(&p.flush, p.took()) }

@@ -30,13 +30,13 @@ func TestPace(t *testing.T) {
 		p.start()
 		p.served(4096)
 	}
-	if p.spread != 0 {
+	if p.Left != 0 {
 		t.Error("fast requests go to workers")
 	}
 	for range 3 {
 		p.sawServed(time.Millisecond)
 	}
-	if p.spread == 0 || !p.takeSpread(true) || p.takeSpread(false) {
+	if p.Left == 0 || !p.Spread(true) || p.Spread(false) {
 		t.Error("slow requests do not go to workers")
 	}
 }
@@ -51,7 +51,7 @@ func TestPaceAsDearAsTheWay(t *testing.T) {
 	for range 100 {
 		p.sawServed(time.Millisecond)
 	}
-	if p.spread != 0 {
+	if p.Left != 0 {
 		t.Error("requests go to workers though the way takes longer")
 	}
 	for range 100 {
@@ -60,7 +60,7 @@ func TestPaceAsDearAsTheWay(t *testing.T) {
 	for range 3 {
 		p.sawServed(time.Millisecond)
 	}
-	if p.spread == 0 {
+	if p.Left == 0 {
 		t.Error("requests do not go to workers though the way is short again")
 	}
 	before := p.handoff

@@ -367,7 +367,7 @@ func (q *queue) try(t *task) error {
 			return err
 		}
 	}
-	if s.try == nil || t.n > int64(s.inlineMax) || t.op > opWrite || q.pace.takeSpread(q.busy > 1) {
+	if s.try == nil || t.n > int64(s.inlineMax) || t.op > opWrite || q.pace.Spread(q.busy > 1) {
 		return dev.ErrWouldBlock
 	}
 	p := q.own(t.n)
