@@ -131,24 +131,23 @@ func (k *keeper) put(name string, r record, fd int) error {
 	return err
 }
 
+// set changes the record of a connection.
 func (k *keeper) set(name string, r record) error {
-	k.mu.Lock()
-	defer k.mu.Unlock()
-	h, ok := k.held[name]
-	if !ok {
-		return fmt.Errorf("%q: %w", name, holder.ErrNotFound)
-	}
-	h.rec = r
-	k.held[name] = h
-	err := k.c.SetBlob(heldPrefix+name, r.json())
-	if errors.Is(err, holder.ErrGone) {
-		return nil
-	}
-	return err
+	return k.change(name, r, (*holder.Client).SetBlob)
 }
 
-// settle changes a record when its attach is done, without a wait for the holder.
+// settle is set when an attach is done, without a wait for the holder.
 func (k *keeper) settle(name string, r record) error {
+	return k.change(name, r, func(c *holder.Client, name string, blob json.RawMessage) error {
+		return c.SetBlobSoon(name, blob, func(err error) {
+			if !errors.Is(err, holder.ErrGone) && !errors.Is(err, holder.ErrNotFound) { // else watch puts it, or it was dropped
+				k.log.Error("the holder keeps an old record; a death of this process would end the device", "name", name, "error", err)
+			}
+		})
+	})
+}
+
+func (k *keeper) change(name string, r record, send func(*holder.Client, string, json.RawMessage) error) error {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	h, ok := k.held[name]
@@ -157,13 +156,9 @@ func (k *keeper) settle(name string, r record) error {
 	}
 	h.rec = r
 	k.held[name] = h
-	err := k.c.SetBlobSoon(heldPrefix+name, r.json(), func(err error) {
-		if !errors.Is(err, holder.ErrGone) && !errors.Is(err, holder.ErrNotFound) { // else watch puts it, or it was dropped
-			k.log.Error("the holder keeps an old record; a death of this process would end the device", "name", name, "error", err)
-		}
-	})
+	err := send(k.c, heldPrefix+name, r.json())
 	if errors.Is(err, holder.ErrGone) {
-		return nil
+		return nil // watch puts it
 	}
 	return err
 }
